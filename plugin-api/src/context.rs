@@ -1,0 +1,116 @@
+//! What travels with a call, and what the host lends a plugin for its life.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+use crate::stream::{Sender, Stream};
+
+/// One call's context: its deadline, its trace and whether the caller still waits.
+///
+/// Cheap to clone. On the caller's side it says what the call may take; on the other side it is the call's own.
+#[derive(Clone, Debug, Default)]
+pub struct Cx {
+    deadline: Option<Instant>,
+    traceparent: Option<Arc<str>>,
+    cancel: CancellationToken,
+}
+
+impl Cx {
+    /// A context without a deadline or a trace.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The call, its stream included, must be over this long from now.
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.deadline = Instant::now().checked_add(timeout);
+        self
+    }
+
+    /// The call must be over at this moment.
+    pub fn with_deadline(mut self, deadline: Option<Instant>) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Makes the call part of a trace: a `traceparent` value as in W3C Trace Context.
+    pub fn with_traceparent(mut self, traceparent: impl Into<Arc<str>>) -> Self {
+        self.traceparent = Some(traceparent.into());
+        self
+    }
+
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Time left; zero once the deadline has passed, `None` without one.
+    pub fn remaining(&self) -> Option<Duration> {
+        self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    pub fn traceparent(&self) -> Option<&str> {
+        self.traceparent.as_deref()
+    }
+
+    /// Whether the caller has given up or the deadline has passed.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// Waits until the caller gives up or the deadline passes. Threads may poll `is_cancelled` instead.
+    pub async fn cancelled(&self) {
+        self.cancel.cancelled().await;
+    }
+
+    pub(crate) fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// A channel for the call's answer: send into the first, return the second.
+    pub fn stream<T: Send + 'static>(&self) -> (Sender<T>, Stream<T>) {
+        Stream::channel(64)
+    }
+}
+
+/// What the host lends a plugin instance for its life.
+#[derive(Clone)]
+pub struct Host(Arc<Lent>);
+
+struct Lent {
+    instance: String,
+    state_dir: PathBuf,
+    registry: Mutex<Registry>,
+}
+
+impl Host {
+    pub(crate) fn new(instance: String, state_dir: PathBuf) -> Self {
+        Self(Arc::new(Lent { instance, state_dir, registry: Mutex::new(Registry::default()) }))
+    }
+
+    /// The id that the operator gave this instance in `plugins.toml`.
+    pub fn instance(&self) -> &str {
+        &self.0.instance
+    }
+
+    /// A folder of this instance's own that survives restarts. It exists.
+    pub fn state_dir(&self) -> &Path {
+        &self.0.state_dir
+    }
+
+    /// Registers metrics that the host shows in its own `/metrics`, labelled with the instance's id.
+    pub fn metrics(&self, register: impl FnOnce(&mut Registry)) {
+        register(&mut self.0.registry.lock());
+    }
+
+    pub(crate) fn encode_metrics(&self) -> String {
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.0.registry.lock());
+        text
+    }
+}

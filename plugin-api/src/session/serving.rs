@@ -1,0 +1,214 @@
+//! The serving side.
+
+use super::outgoing::late;
+use super::streams::{Inflow, ItemSource, Items, pump};
+use super::*;
+
+/// What a method's dispatcher returns.
+pub type ServeFuture = Pin<Box<dyn Future<Output = Result<Outcome>> + Send>>;
+
+/// A call that this end is serving.
+pub(super) struct Serving {
+    cx: Cx,
+    pub(super) kind: Box<str>,
+    /// How many items of the answer's stream may still be sent.
+    pub(super) credit: Arc<Semaphore>,
+    /// The stream that came along, once the method has asked for it.
+    pub(super) inflow: Option<Inflow>,
+}
+
+impl Serving {
+    pub(super) fn cancel(&self) {
+        self.cx.cancel();
+        self.credit.close();
+        if let Some(inflow) = &self.inflow {
+            inflow.end(Some(PluginError::cancelled()));
+        }
+    }
+}
+
+/// A call to be served: its context, its method and its arguments, to be read in order.
+pub struct Incoming {
+    inner: Arc<Inner>,
+    id: u64,
+    cx: Cx,
+    method: Box<str>,
+    arguments: Reader,
+}
+
+impl Incoming {
+    pub fn cx(&self) -> &Cx {
+        &self.cx
+    }
+
+    /// `kind.name`.
+    pub fn method(&self) -> &str {
+        &self.method
+    }
+
+    /// The next argument.
+    pub fn arg<C: Codec>(&mut self) -> Result<C::Item> {
+        C::take(&mut self.arguments).map_err(|error| PluginError::invalid(format!("`{}`: {}", self.method, error.message)))
+    }
+
+    /// The stream that comes along with the call. To be asked for once.
+    pub fn upload<C: Codec>(&mut self) -> Result<Stream<C::Item>> {
+        let (inflow, events) = Inflow::new(C::WINDOW);
+        match self.inner.serving.lock().get_mut(&self.id) {
+            Some(serving) if serving.inflow.is_none() => serving.inflow = Some(inflow),
+            Some(_) => return Err(PluginError::protocol("a call has one stream at most")),
+            None => return Err(PluginError::cancelled()),
+        }
+        let granted = Writer::new(Kind::Credit, self.id).count(C::WINDOW).finish();
+        self.inner.send(granted).map_err(|Closed| self.inner.gone())?;
+        Ok(Stream::remote(RemoteStream::up::<C>(self.inner.clone(), self.id, events)))
+    }
+
+    /// Ends the call with a value.
+    pub fn value<C: Codec>(&self, value: C::Item) -> Result<Outcome> {
+        let mut writer = Writer::new(Kind::Reply, self.id);
+        C::put(value, &mut writer)?;
+        Ok(Outcome(Answer::Value(writer)))
+    }
+
+    /// Answers the call with a stream.
+    pub fn stream<C: Codec + 'static>(&self, items: Stream<C::Item>) -> Result<Outcome> {
+        Ok(Outcome(Answer::Stream(Box::new(Items::<C>::new(items)))))
+    }
+}
+
+/// How a call was answered.
+pub struct Outcome(Answer);
+
+enum Answer {
+    Value(Writer),
+    Stream(Box<dyn ItemSource>),
+}
+
+/// Forgets a served call when its task ends, however it ends.
+struct Served {
+    inner: Arc<Inner>,
+    id: u64,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.inner.serving.lock().remove(&self.id);
+    }
+}
+
+impl Inner {
+    /// Starts a task for a call. Runs on the caller's thread, so it does no more than that.
+    pub(super) fn accept(self: &Arc<Self>, head: Head, received: Received) -> Result<()> {
+        if self.is_mine(head.id) {
+            return Err(PluginError::protocol("a call with an id of this end's own"));
+        }
+        let method: Box<str> = match std::str::from_utf8(&received.head()[head.method.clone()]) {
+            Ok(method) if !method.is_empty() => method.into(),
+            _ => return Err(PluginError::protocol("a call without a method")),
+        };
+        let kind = method.split_once('.').map_or(&*method, |(kind, _)| kind).into();
+        let mut cx = Cx::new();
+        if let Some(left) = head.deadline_ms {
+            cx = cx.with_timeout(Duration::from_millis(left));
+        }
+        if let Ok(trace) = std::str::from_utf8(&received.head()[head.traceparent.clone()])
+            && !trace.is_empty()
+        {
+            cx = cx.with_traceparent(trace);
+        }
+        let window = head.count.unwrap_or(0).min(1 << 20) as usize;
+        let credit = Arc::new(Semaphore::new(window));
+        {
+            let mut serving = self.serving.lock();
+            if serving.len() >= MAX_IN_FLIGHT {
+                drop(serving);
+                let busy = PluginError::new(Code::Overloaded, format!("{MAX_IN_FLIGHT} calls are running"));
+                self.refuse(head.id, busy.retry_after(Duration::from_millis(100)));
+                return Ok(());
+            }
+            if serving.contains_key(&head.id) {
+                return Err(PluginError::protocol("a call with the id of a running one"));
+            }
+            serving.insert(head.id, Serving { cx: cx.clone(), kind, credit: credit.clone(), inflow: None });
+        }
+        let served = Served { inner: self.clone(), id: head.id };
+        let call = Incoming { inner: self.clone(), id: head.id, cx, method, arguments: Reader::new(received, head.body) };
+        self.runtime.spawn(run(served, call, credit));
+        Ok(())
+    }
+
+    fn refuse(&self, id: u64, error: PluginError) {
+        // Nobody is left to be refused in a closed session.
+        let _ = self.send(Writer::new(Kind::Reply, id).error(&error).finish());
+    }
+}
+
+async fn run(served: Served, call: Incoming, credit: Arc<Semaphore>) {
+    let (inner, id) = (&served.inner, served.id);
+    let cx = call.cx.clone();
+    let method = call.method.clone();
+    let _admitted = match inner.serve.admit(&method) {
+        Ok(admitted) => admitted,
+        Err(error) => return inner.refuse(id, error),
+    };
+    let work = AssertUnwindSafe(async { inner.serve.serve(call).await }).catch_unwind();
+    let source = match bounded(&cx, &method, work).await {
+        None => return,
+        Some(Ok(Outcome(Answer::Value(writer)))) => {
+            let frame = writer.finish();
+            if frame.head.len() > crate::frame::MAX_HEAD {
+                return inner.refuse(id, PluginError::internal(format!("the answer of `{method}` is over 16 MiB")));
+            }
+            // The caller's end may have closed meanwhile.
+            let _ = inner.send(frame);
+            return;
+        }
+        Some(Ok(Outcome(Answer::Stream(source)))) => source,
+        Some(Err(error)) => return inner.refuse(id, error),
+    };
+    if inner.send(Writer::new(Kind::Reply, id).finish()).is_err() {
+        return;
+    }
+    let work = AssertUnwindSafe(async {
+        pump(inner, id, source, &credit).await;
+        Ok(())
+    });
+    if let Some(Err(error)) = bounded(&cx, &method, work.catch_unwind()).await {
+        let _ = inner.send(Writer::new(Kind::End, id).error(&error).finish());
+    }
+}
+
+/// Runs one stage of a call until it ends, panics, is cancelled (`None`) or is late.
+async fn bounded<T>(
+    cx: &Cx,
+    method: &str,
+    work: impl Future<Output = std::thread::Result<Result<T>>>,
+) -> Option<Result<T>> {
+    let deadline = async {
+        match cx.deadline() {
+            Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = cx.cancelled() => None,
+        result = work => Some(result.unwrap_or_else(|panic| Err(panicked(method, panic)))),
+        () = deadline => {
+            cx.cancel();
+            Some(Err(late(method)))
+        }
+    }
+}
+
+fn panicked(method: &str, panic: Box<dyn Any + Send>) -> PluginError {
+    let text = match panic.downcast_ref::<&str>() {
+        Some(text) => (*text).to_owned(),
+        None => panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a value that is no text".into()),
+    };
+    // The payload's own destructor may panic as well, and here nothing would catch it.
+    std::mem::forget(panic);
+    let place = logging::take_panic_location().map(|place| format!(" at {place}")).unwrap_or_default();
+    PluginError::new(Code::Panicked, format!("`{method}` panicked{place}: {text}"))
+}
