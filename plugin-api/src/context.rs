@@ -17,7 +17,8 @@ use crate::stream::{Sender, Stream};
 pub struct Cx {
     deadline: Option<Instant>,
     traceparent: Option<Arc<str>>,
-    cancel: CancellationToken,
+    /// On the serving side: set when the caller gives up.
+    cancel: Option<CancellationToken>,
 }
 
 impl Cx {
@@ -59,16 +60,26 @@ impl Cx {
 
     /// Whether the caller has given up or the deadline has passed.
     pub fn is_cancelled(&self) -> bool {
-        self.cancel.is_cancelled()
+        self.cancel.as_ref().is_some_and(CancellationToken::is_cancelled)
     }
 
     /// Waits until the caller gives up or the deadline passes. Threads may poll `is_cancelled` instead.
     pub async fn cancelled(&self) {
-        self.cancel.cancelled().await;
+        match &self.cancel {
+            Some(cancel) => cancel.cancelled().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The context of a call that can be cancelled.
+    pub(crate) fn serving() -> Self {
+        Self { cancel: Some(CancellationToken::new()), ..Self::default() }
     }
 
     pub(crate) fn cancel(&self) {
-        self.cancel.cancel();
+        if let Some(cancel) = &self.cancel {
+            cancel.cancel();
+        }
     }
 
     /// A channel for the call's answer: send into the first, return the second.

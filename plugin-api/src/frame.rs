@@ -402,6 +402,10 @@ impl Reader {
         Self { received, rest: body }
     }
 
+    pub(crate) fn head(&self) -> &[u8] {
+        self.received.head()
+    }
+
     /// The next value.
     ///
     /// # Errors

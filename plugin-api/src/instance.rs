@@ -160,14 +160,14 @@ impl<A: Author> Serve for Instance<A> {
     }
 
     fn serve(&self, call: Incoming) -> ServeFuture {
-        let kind = call.method().split_once('.').map_or("", |(kind, _)| kind).to_owned();
+        let kind = call.method().split_once('.').map_or("", |(kind, _)| kind);
         if kind == <dyn Plugin as Interface>::KIND {
-            let builtin: Arc<dyn Plugin> = Arc::new(Instance(self.0.clone()));
-            return <dyn Plugin as Interface>::serve(builtin, call);
+            return <dyn Plugin as Interface>::serve(self.0.clone(), call);
         }
-        let method = call.method().to_owned();
-        let served = self.0.plugin().and_then(|plugin| A::serve(plugin, &kind, call));
-        served.unwrap_or_else(|| Box::pin(async move { Err(PluginError::unimplemented(&method)) }))
+        // `admit` has let the call through, so the kind is a declared one.
+        let kind = A::ABOUT.provides.iter().map(|provides| provides.kind).find(|declared| *declared == kind);
+        let served = self.0.plugin().zip(kind).and_then(|(plugin, kind)| A::serve(plugin, kind, call));
+        served.unwrap_or_else(|| Box::pin(async { Err(PluginError::unavailable("the plugin has ended")) }))
     }
 
     fn log(&self, _: Record) {}
@@ -182,7 +182,7 @@ impl<A: Author> Serve for Instance<A> {
 }
 
 #[async_trait]
-impl<A: Author> Plugin for Instance<A> {
+impl<A: Author> Plugin for State<A> {
     async fn describe(&self, _: &Cx) -> Result<Description> {
         let about = A::ABOUT;
         Ok(Description {
@@ -197,10 +197,10 @@ impl<A: Author> Plugin for Instance<A> {
     }
 
     async fn configure(&self, _: &Cx, configure: Configure) -> Result<()> {
-        if self.0.configuring.swap(true, Ordering::AcqRel) {
+        if self.configuring.swap(true, Ordering::AcqRel) {
             return Err(PluginError::invalid("an instance is configured once"));
         }
-        if let Some(sink) = self.0.sink.get() {
+        if let Some(sink) = self.sink.get() {
             sink.set_level(&configure.log_level);
         }
         let host = Host::new(configure.instance, configure.state_dir);
@@ -208,19 +208,19 @@ impl<A: Author> Plugin for Instance<A> {
         match A::init(host.clone(), configure.config).await {
             Ok(plugin) => {
                 // Empty: `configuring` lets one through.
-                let _ = self.0.host.set(host);
-                let _ = self.0.plugin.write().replace(Arc::new(plugin));
+                let _ = self.host.set(host);
+                let _ = self.plugin.write().replace(Arc::new(plugin));
                 Ok(())
             }
             Err(error) => {
-                self.0.configuring.store(false, Ordering::Release);
+                self.configuring.store(false, Ordering::Release);
                 Err(error)
             }
         }
     }
 
     async fn health(&self, _: &Cx) -> Result<Health> {
-        match self.0.plugin() {
+        match self.plugin() {
             Some(plugin) => Ok(plugin.health().await),
             None => Ok(Health::Starting { doing: "waiting for its configuration".into(), percent: None }),
         }
@@ -231,14 +231,14 @@ impl<A: Author> Plugin for Instance<A> {
     }
 
     async fn metrics(&self, _: &Cx) -> Result<String> {
-        Ok(self.0.host.get().map(Host::encode_metrics).unwrap_or_default())
+        Ok(self.host.get().map(Host::encode_metrics).unwrap_or_default())
     }
 
     async fn drain(&self, _: &Cx) -> Result<()> {
-        self.0.draining.store(true, Ordering::Release);
+        self.draining.store(true, Ordering::Release);
         loop {
-            let idle = self.0.running.idle.notified();
-            if self.0.running.count.load(Ordering::Acquire) == 0 {
+            let idle = self.running.idle.notified();
+            if self.running.count.load(Ordering::Acquire) == 0 {
                 return Ok(());
             }
             idle.await;
@@ -246,11 +246,11 @@ impl<A: Author> Plugin for Instance<A> {
     }
 
     async fn shutdown(&self, _: &Cx) -> Result<()> {
-        self.0.draining.store(true, Ordering::Release);
-        if let Some(session) = self.0.session.get().and_then(WeakSession::upgrade) {
-            session.cancel_served(<dyn Plugin as Interface>::KIND);
+        self.draining.store(true, Ordering::Release);
+        if let Some(session) = self.session.get().and_then(WeakSession::upgrade) {
+            session.cancel_served();
         }
-        let Some(plugin) = self.0.plugin() else { return Ok(()) };
+        let Some(plugin) = self.plugin() else { return Ok(()) };
         match tokio::time::timeout(Duration::from_secs(10), plugin.shutdown()).await {
             Ok(()) => Ok(()),
             Err(_) => Err(PluginError::internal("the plugin's shutdown did not end within 10 seconds")),

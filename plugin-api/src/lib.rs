@@ -71,6 +71,8 @@ pub mod inference;
 pub mod instance;
 pub mod interface;
 pub mod ipc;
+#[cfg(feature = "host")]
+pub mod library;
 pub mod logging;
 pub mod manifest;
 pub mod plugin;

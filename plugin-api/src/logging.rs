@@ -28,6 +28,15 @@ pub struct Record {
     pub fields: Vec<(String, String)>,
 }
 
+const PANICKED: &str = "Plugin code panicked.";
+
+impl Record {
+    /// Whether this is the hook's word that something panicked.
+    pub fn is_panic(&self) -> bool {
+        self.level == 1 && self.target == module_path!() && self.message == PANICKED
+    }
+}
+
 /// Where one instance's events go.
 pub(crate) struct Sink {
     session: WeakSession,
@@ -98,7 +107,7 @@ pub fn install() {
         let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(ToHost));
         std::panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(|place| format!("{}:{}", place.file(), place.line()));
-            tracing::error!(place = place.as_deref().unwrap_or("unknown"), "Plugin code panicked.");
+            tracing::error!(place = place.as_deref().unwrap_or("unknown"), "{PANICKED}");
             let _ = PANIC_PLACE.try_with(|cell| cell.set(place));
         }));
     });

@@ -96,6 +96,8 @@ struct Inner {
     serving: Mutex<HashMap<u64, Serving, IdHash>>,
     serve: Arc<dyn Serve>,
     runtime: Handle,
+    /// Whether the task that watches deadlines has been started.
+    sweeping: AtomicBool,
 }
 
 impl Session {
@@ -111,6 +113,7 @@ impl Session {
             serving: Mutex::default(),
             serve,
             runtime,
+            sweeping: AtomicBool::new(false),
         }))
     }
 
@@ -130,7 +133,7 @@ impl Session {
     }
 
     /// Starts a call of `method`, written `kind.name`.
-    pub fn request<'a>(&self, cx: &'a Cx, method: &str) -> Request<'a> {
+    pub fn request<'a>(&self, cx: &'a Cx, method: &'a str) -> Request<'a> {
         Request::new(self.0.clone(), cx, method)
     }
 
@@ -147,10 +150,10 @@ impl Session {
         self.0.closed.load(Ordering::Acquire)
     }
 
-    /// Cancels every call that is being served, but for methods of `except`'s kind.
-    pub fn cancel_served(&self, except: &str) {
+    /// Cancels every call of a kind's method that is being served: all but those of the plugin interface itself.
+    pub fn cancel_served(&self) {
         for served in self.0.serving.lock().values() {
-            if &*served.kind != except {
+            if served.of_a_kind {
                 served.cancel();
             }
         }

@@ -12,9 +12,15 @@ pub(super) struct Outgoing {
     upload: Option<Arc<Semaphore>>,
     /// Sends that stream; aborted when the call is forgotten.
     task: Option<AbortOnDrop>,
+    deadline: Option<Instant>,
 }
 
 impl Outgoing {
+    /// Whether the call waits for its reply though its time is over.
+    pub(super) fn is_late(&self, now: Instant) -> bool {
+        self.reply.is_some() && self.deadline.is_some_and(|deadline| now > deadline)
+    }
+
     pub(super) fn fail(self, error: PluginError) {
         self.stop_upload();
         match self.reply {
@@ -35,7 +41,42 @@ impl Outgoing {
     }
 }
 
+/// How often calls are looked through for one whose deadline has passed.
+const SWEEP: Duration = Duration::from_millis(50);
+
 impl Inner {
+    /// Starts the task that ends calls whose deadline has passed. The serving end keeps deadlines to the millisecond; this is for
+    /// an end that hangs, and one task for all calls costs less than a timer for each.
+    fn watch_deadlines(self: &Arc<Self>) {
+        if self.sweeping.load(Ordering::Relaxed) || self.sweeping.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let weak = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(SWEEP).await;
+                let Some(inner) = weak.upgrade() else { return };
+                if inner.closed.load(Ordering::Acquire) {
+                    return;
+                }
+                let now = Instant::now();
+                let late: Vec<u64> =
+                    inner.outgoing.lock().iter().filter(|(_, call)| call.is_late(now)).map(|(id, _)| *id).collect();
+                for id in late {
+                    inner.expire(id);
+                }
+            }
+        });
+    }
+
+    fn expire(&self, id: u64) {
+        if let Some(call) = self.outgoing.lock().remove(&id) {
+            // A closed session has cancelled everything already.
+            let _ = self.send(Writer::new(Kind::Cancel, id).finish());
+            call.fail(late("the call"));
+        }
+    }
+
     pub(super) fn replied(&self, head: Head, received: Received) -> Result<()> {
         if !self.is_mine(head.id) {
             return Err(PluginError::protocol("a reply to a call that this end did not make"));
@@ -71,7 +112,7 @@ impl Inner {
         let credit = if self.is_mine(id) {
             self.outgoing.lock().get(&id).and_then(|call| call.upload.clone())
         } else {
-            self.serving.lock().get(&id).map(|served| served.credit.clone())
+            self.serving.lock().get(&id).and_then(|served| served.credit.clone())
         };
         if let Some(credit) = credit {
             if credit.available_permits() > 1 << 24 {
@@ -112,33 +153,33 @@ pub struct Request<'a> {
     inner: Arc<Inner>,
     cx: &'a Cx,
     id: u64,
-    method: Box<str>,
+    method: &'a str,
     writer: Option<Writer>,
     upload: Option<Box<dyn ItemSource>>,
     error: Option<PluginError>,
 }
 
 impl<'a> Request<'a> {
-    pub(super) fn new(inner: Arc<Inner>, cx: &'a Cx, method: &str) -> Self {
+    pub(super) fn new(inner: Arc<Inner>, cx: &'a Cx, method: &'a str) -> Self {
         let id = inner.next.fetch_add(2, Ordering::Relaxed);
-        Self { inner, cx, id, method: method.into(), writer: None, upload: None, error: None }
+        Self { inner, cx, id, method, writer: None, upload: None, error: None }
     }
 
-    fn writer(&mut self, window: u32) -> &mut Writer {
-        let (id, cx, method) = (self.id, self.cx, &self.method);
+    fn writer(&mut self) -> &mut Writer {
+        let (id, cx, method) = (self.id, self.cx, self.method);
         self.writer.get_or_insert_with(|| {
             Writer::new(Kind::Call, id)
                 .method(method)
                 .deadline_ms(cx.remaining().map(|left| left.as_millis() as u64))
                 .traceparent(cx.traceparent())
-                .count(window)
+                .count_later()
         })
     }
 
     /// Appends an argument.
     pub fn arg<C: Codec>(mut self, value: C::Item) -> Self {
         if self.error.is_none() {
-            self.error = C::put(value, self.writer(C::WINDOW)).err();
+            self.error = C::put(value, self.writer()).err();
         }
         self
     }
@@ -171,7 +212,7 @@ impl<'a> Request<'a> {
         if self.cx.is_cancelled() {
             return Err(PluginError::cancelled());
         }
-        self.writer(window);
+        self.writer().set_count(window);
         let Some(writer) = self.writer.take() else { return Err(PluginError::protocol("a request was sent twice")) };
         let frame = writer.finish();
         if frame.head.len() > crate::frame::MAX_HEAD {
@@ -182,9 +223,13 @@ impl<'a> Request<'a> {
             )));
         }
         let (reply, answer) = oneshot::channel();
+        let deadline = self.cx.deadline();
+        if deadline.is_some() {
+            self.inner.watch_deadlines();
+        }
         let credit = self.upload.is_some().then(|| Arc::new(Semaphore::new(0)));
         let streams = inflow.is_some();
-        self.inner.outgoing.lock().insert(self.id, Outgoing { reply: Some(reply), inflow, upload: credit.clone(), task: None });
+        self.inner.outgoing.lock().insert(self.id, Outgoing { reply: Some(reply), inflow, upload: credit.clone(), task: None, deadline });
         let mut guard = Guard { inner: self.inner.clone(), id: self.id, armed: true };
         if self.inner.closed.load(Ordering::Acquire) || self.inner.send(frame).is_err() {
             return Err(self.inner.gone());
@@ -196,13 +241,7 @@ impl<'a> Request<'a> {
                 call.task = Some(task);
             }
         }
-        let answer = match self.cx.deadline() {
-            None => answer.await,
-            Some(deadline) => match tokio::time::timeout_at(deadline.into(), answer).await {
-                Ok(answer) => answer,
-                Err(_) => return Err(late(&self.method)),
-            },
-        };
+        let answer = answer.await;
         // A unary call is forgotten with its reply, and so is one that failed.
         guard.armed = streams && matches!(answer, Ok(Ok(_)));
         match answer {
@@ -212,8 +251,8 @@ impl<'a> Request<'a> {
     }
 }
 
-pub(super) fn late(method: &str) -> PluginError {
-    PluginError::new(Code::DeadlineExceeded, format!("`{method}` did not end before its deadline"))
+pub(super) fn late(what: &str) -> PluginError {
+    PluginError::new(Code::DeadlineExceeded, format!("{what} did not end before its deadline"))
 }
 
 struct AbortOnDrop(tokio::task::JoinHandle<()>);

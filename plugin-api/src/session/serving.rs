@@ -2,6 +2,8 @@
 
 use super::outgoing::late;
 use super::streams::{Inflow, ItemSource, Items, pump};
+use std::ops::Range;
+
 use super::*;
 
 /// What a method's dispatcher returns.
@@ -10,9 +12,10 @@ pub type ServeFuture = Pin<Box<dyn Future<Output = Result<Outcome>> + Send>>;
 /// A call that this end is serving.
 pub(super) struct Serving {
     cx: Cx,
-    pub(super) kind: Box<str>,
-    /// How many items of the answer's stream may still be sent.
-    pub(super) credit: Arc<Semaphore>,
+    /// Whether the method is one of a kind, and not of the plugin interface.
+    pub(super) of_a_kind: bool,
+    /// How many items of the answer's stream may still be sent; none where the caller expects no stream.
+    pub(super) credit: Option<Arc<Semaphore>>,
     /// The stream that came along, once the method has asked for it.
     pub(super) inflow: Option<Inflow>,
 }
@@ -20,7 +23,9 @@ pub(super) struct Serving {
 impl Serving {
     pub(super) fn cancel(&self) {
         self.cx.cancel();
-        self.credit.close();
+        if let Some(credit) = &self.credit {
+            credit.close();
+        }
         if let Some(inflow) = &self.inflow {
             inflow.end(Some(PluginError::cancelled()));
         }
@@ -32,7 +37,7 @@ pub struct Incoming {
     inner: Arc<Inner>,
     id: u64,
     cx: Cx,
-    method: Box<str>,
+    method: Range<usize>,
     arguments: Reader,
 }
 
@@ -43,12 +48,13 @@ impl Incoming {
 
     /// `kind.name`.
     pub fn method(&self) -> &str {
-        &self.method
+        // Checked when the call was accepted.
+        std::str::from_utf8(&self.arguments.head()[self.method.clone()]).unwrap_or_default()
     }
 
     /// The next argument.
     pub fn arg<C: Codec>(&mut self) -> Result<C::Item> {
-        C::take(&mut self.arguments).map_err(|error| PluginError::invalid(format!("`{}`: {}", self.method, error.message)))
+        C::take(&mut self.arguments).map_err(|error| PluginError::invalid(format!("`{}`: {}", self.method(), error.message)))
     }
 
     /// The stream that comes along with the call. To be asked for once.
@@ -103,12 +109,11 @@ impl Inner {
         if self.is_mine(head.id) {
             return Err(PluginError::protocol("a call with an id of this end's own"));
         }
-        let method: Box<str> = match std::str::from_utf8(&received.head()[head.method.clone()]) {
-            Ok(method) if !method.is_empty() => method.into(),
+        let of_a_kind = match std::str::from_utf8(&received.head()[head.method.clone()]) {
+            Ok(method) if !method.is_empty() => !method.starts_with("plugin."),
             _ => return Err(PluginError::protocol("a call without a method")),
         };
-        let kind = method.split_once('.').map_or(&*method, |(kind, _)| kind).into();
-        let mut cx = Cx::new();
+        let mut cx = Cx::serving();
         if let Some(left) = head.deadline_ms {
             cx = cx.with_timeout(Duration::from_millis(left));
         }
@@ -118,7 +123,7 @@ impl Inner {
             cx = cx.with_traceparent(trace);
         }
         let window = head.count.unwrap_or(0).min(1 << 20) as usize;
-        let credit = Arc::new(Semaphore::new(window));
+        let credit = (window > 0).then(|| Arc::new(Semaphore::new(window)));
         {
             let mut serving = self.serving.lock();
             if serving.len() >= MAX_IN_FLIGHT {
@@ -130,10 +135,10 @@ impl Inner {
             if serving.contains_key(&head.id) {
                 return Err(PluginError::protocol("a call with the id of a running one"));
             }
-            serving.insert(head.id, Serving { cx: cx.clone(), kind, credit: credit.clone(), inflow: None });
+            serving.insert(head.id, Serving { cx: cx.clone(), of_a_kind, credit: credit.clone(), inflow: None });
         }
         let served = Served { inner: self.clone(), id: head.id };
-        let call = Incoming { inner: self.clone(), id: head.id, cx, method, arguments: Reader::new(received, head.body) };
+        let call = Incoming { inner: self.clone(), id: head.id, cx, method: head.method, arguments: Reader::new(received, head.body) };
         self.runtime.spawn(run(served, call, credit));
         Ok(())
     }
@@ -144,21 +149,20 @@ impl Inner {
     }
 }
 
-async fn run(served: Served, call: Incoming, credit: Arc<Semaphore>) {
+async fn run(served: Served, call: Incoming, credit: Option<Arc<Semaphore>>) {
     let (inner, id) = (&served.inner, served.id);
     let cx = call.cx.clone();
-    let method = call.method.clone();
-    let _admitted = match inner.serve.admit(&method) {
+    let _admitted = match inner.serve.admit(call.method()) {
         Ok(admitted) => admitted,
         Err(error) => return inner.refuse(id, error),
     };
     let work = AssertUnwindSafe(async { inner.serve.serve(call).await }).catch_unwind();
-    let source = match bounded(&cx, &method, work).await {
+    let source = match bounded(&cx, work).await {
         None => return,
         Some(Ok(Outcome(Answer::Value(writer)))) => {
             let frame = writer.finish();
             if frame.head.len() > crate::frame::MAX_HEAD {
-                return inner.refuse(id, PluginError::internal(format!("the answer of `{method}` is over 16 MiB")));
+                return inner.refuse(id, PluginError::internal("the answer is over 16 MiB"));
             }
             // The caller's end may have closed meanwhile.
             let _ = inner.send(frame);
@@ -167,6 +171,9 @@ async fn run(served: Served, call: Incoming, credit: Arc<Semaphore>) {
         Some(Ok(Outcome(Answer::Stream(source)))) => source,
         Some(Err(error)) => return inner.refuse(id, error),
     };
+    let Some(credit) = credit else {
+        return inner.refuse(id, PluginError::protocol("the method answers with a stream, and the caller wants none"));
+    };
     if inner.send(Writer::new(Kind::Reply, id).finish()).is_err() {
         return;
     }
@@ -174,17 +181,13 @@ async fn run(served: Served, call: Incoming, credit: Arc<Semaphore>) {
         pump(inner, id, source, &credit).await;
         Ok(())
     });
-    if let Some(Err(error)) = bounded(&cx, &method, work.catch_unwind()).await {
+    if let Some(Err(error)) = bounded(&cx, work.catch_unwind()).await {
         let _ = inner.send(Writer::new(Kind::End, id).error(&error).finish());
     }
 }
 
 /// Runs one stage of a call until it ends, panics, is cancelled (`None`) or is late.
-async fn bounded<T>(
-    cx: &Cx,
-    method: &str,
-    work: impl Future<Output = std::thread::Result<Result<T>>>,
-) -> Option<Result<T>> {
+async fn bounded<T>(cx: &Cx, work: impl Future<Output = std::thread::Result<Result<T>>>) -> Option<Result<T>> {
     let deadline = async {
         match cx.deadline() {
             Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
@@ -192,17 +195,18 @@ async fn bounded<T>(
         }
     };
     tokio::select! {
+        // The work comes first: a call that is answered at once needs neither a waiter nor a timer.
         biased;
+        result = work => Some(result.unwrap_or_else(|panic| Err(panicked(panic)))),
         () = cx.cancelled() => None,
-        result = work => Some(result.unwrap_or_else(|panic| Err(panicked(method, panic)))),
         () = deadline => {
             cx.cancel();
-            Some(Err(late(method)))
+            Some(Err(late("the call")))
         }
     }
 }
 
-fn panicked(method: &str, panic: Box<dyn Any + Send>) -> PluginError {
+fn panicked(panic: Box<dyn Any + Send>) -> PluginError {
     let text = match panic.downcast_ref::<&str>() {
         Some(text) => (*text).to_owned(),
         None => panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a value that is no text".into()),
@@ -210,5 +214,5 @@ fn panicked(method: &str, panic: Box<dyn Any + Send>) -> PluginError {
     // The payload's own destructor may panic as well, and here nothing would catch it.
     std::mem::forget(panic);
     let place = logging::take_panic_location().map(|place| format!(" at {place}")).unwrap_or_default();
-    PluginError::new(Code::Panicked, format!("`{method}` panicked{place}: {text}"))
+    PluginError::new(Code::Panicked, format!("the plugin panicked{place}: {text}"))
 }

@@ -1,0 +1,67 @@
+//! Results, as a table of medians and ratios.
+
+/// The median of some measurements.
+pub fn median(values: &mut [f64]) -> f64 {
+    percentile(values, 0.5)
+}
+
+/// The value below which a share `p` of the measurements lie.
+pub fn percentile(values: &mut [f64], p: f64) -> f64 {
+    assert!(!values.is_empty(), "nothing was measured");
+    values.sort_by(f64::total_cmp);
+    values[((values.len() - 1) as f64 * p).round() as usize]
+}
+
+/// Measurements of several candidates, taken in turns.
+pub struct Rounds {
+    title: String,
+    unit: &'static str,
+    names: Vec<&'static str>,
+    /// One list per candidate.
+    values: Vec<Vec<f64>>,
+}
+
+impl Rounds {
+    /// The first candidate is what the others are compared with.
+    pub fn new(title: impl Into<String>, unit: &'static str, names: &[&'static str]) -> Self {
+        Self { title: title.into(), unit, names: names.to_vec(), values: vec![Vec::new(); names.len()] }
+    }
+
+    pub fn add(&mut self, candidate: usize, value: f64) {
+        self.values[candidate].push(value);
+    }
+
+    pub fn median(&self, candidate: usize) -> f64 {
+        median(&mut self.values[candidate].clone())
+    }
+
+    /// The median over the rounds of a candidate's ratio to the first in the same round.
+    pub fn ratio(&self, candidate: usize) -> f64 {
+        let mut ratios: Vec<f64> = self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| value / first).collect();
+        median(&mut ratios)
+    }
+
+    pub fn print(&self) {
+        println!("\n{} ({} rounds in turns)", self.title, self.values[0].len());
+        println!("  {:<24} {:>14} {:>14} {:>14} {:>8}", "", "median", "least", "most", "ratio");
+        for (index, name) in self.names.iter().enumerate() {
+            let mut values = self.values[index].clone();
+            let (least, most) = (percentile(&mut values, 0.0), percentile(&mut values, 1.0));
+            let show = |value: f64| format!("{value:.2} {}", self.unit);
+            println!(
+                "  {name:<24} {:>14} {:>14} {:>14} {:>8.3}",
+                show(self.median(index)),
+                show(least),
+                show(most),
+                self.ratio(index)
+            );
+        }
+    }
+}
+
+/// Prints a bar of the project beside what was measured.
+pub fn bar(what: &str, measured: f64, limit: f64, at_most: bool) {
+    let met = if at_most { measured <= limit } else { measured >= limit };
+    let sign = if at_most { "<=" } else { ">=" };
+    println!("  bar: {what}: {measured:.3} {sign} {limit}: {}", if met { "met" } else { "NOT MET" });
+}

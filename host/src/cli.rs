@@ -1,0 +1,178 @@
+//! The command line. The doc comments here are the manual: `-h` prints their first lines, `--help` and `docs/cli.md` all of them.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use serde_json::{Value, json};
+
+use crate::config::{Flag, Loaded, Problems, Sources};
+
+mod chat;
+mod config;
+mod log;
+mod plugin;
+mod run;
+#[cfg(test)]
+mod tests;
+
+/// A node of a peer-to-peer marketplace for LLM inference.
+///
+/// The node loads backends as plugins, named in plugins.toml, and serves them to any client that speaks the OpenAI API.
+///
+/// Start with `fabstir-node run`, and talk to it with `fabstir-node chat`.
+#[derive(Debug, Parser)]
+#[command(name = "fabstir-node", version, propagate_version = true, max_term_width = 100, after_long_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Prints one JSON value instead of text; with `run`, the log as JSON lines.
+    ///
+    /// Errors come as JSON too, on standard output: {"error": {"code": .., "message": ..}}.
+    #[arg(long, global = true, display_order = 900)]
+    json: bool,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  it worked
+  1  it did not: the message says why
+  2  the command line is wrong
+  3  the configuration is wrong
+  4  the node cannot be reached";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::Run),
+    Chat(chat::Chat),
+    Plugin(plugin::Plugin),
+    Config(config::ConfigCommand),
+}
+
+/// Which configuration a command reads.
+#[derive(Debug, Clone, Default, Args)]
+struct ConfigArgs {
+    /// The configuration file.
+    ///
+    /// Without it: ./plugins.toml, else $XDG_CONFIG_HOME/fabstir-node/plugins.toml.
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Sets a key of the configuration; may be repeated.
+    ///
+    /// Keys are written with dots, plugins by their id. It wins over the file and the environment.
+    /// Examples: --set scheduler.queue=16, --set plugin.llama.enabled=false.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_and_value)]
+    set: Vec<(String, String)>,
+}
+
+impl ConfigArgs {
+    fn flags(&self) -> Vec<Flag> {
+        self.set.iter().map(|(key, value)| flag(&format!("--set {key}={value}"), key, value)).collect()
+    }
+
+    fn load(&self) -> Result<Loaded, Failure> {
+        Ok(Sources::of_process(self.config.clone(), self.flags()).load()?)
+    }
+}
+
+fn flag(shown: &str, key: &str, value: &str) -> Flag {
+    Flag { shown: shown.into(), key: key.into(), value: value.into() }
+}
+
+fn key_and_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.trim().to_string(), value.to_string())),
+        _ => Err("write KEY=VALUE, as in scheduler.queue=16".into()),
+    }
+}
+
+/// Why a command did not work: what a person reads, what a program reads, and the exit code.
+#[derive(Debug)]
+pub struct Failure {
+    exit: u8,
+    message: String,
+    json: Value,
+}
+
+impl Failure {
+    const FAILED: u8 = 1;
+    const USAGE: u8 = 2;
+    const CONFIG: u8 = 3;
+    const UNREACHABLE: u8 = 4;
+
+    /// `code` is a word for programs, `message` a sentence for people.
+    fn new(exit: u8, code: &str, message: impl fmt::Display) -> Self {
+        let message = message.to_string();
+        Self { exit, json: json!({ "error": { "code": code, "message": message } }), message: format!("error: {message}") }
+    }
+
+    /// A failure of which the output has told everything, so that only the exit code is left to say.
+    fn silent() -> Self {
+        Self { exit: Self::FAILED, message: String::new(), json: Value::Null }
+    }
+}
+
+impl From<Problems> for Failure {
+    fn from(problems: Problems) -> Self {
+        let error = json!({ "code": "config", "message": "the configuration is wrong", "problems": problems });
+        Self { exit: Self::CONFIG, message: problems.to_string(), json: json!({ "error": error }) }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        // Whoever read our output has seen enough, as in `fabstir-node config show | head -1`.
+        let exit = if error.kind() == io::ErrorKind::BrokenPipe { 0 } else { Self::FAILED };
+        Self { exit, ..Self::new(exit, "io", format!("cannot write: {error}")) }
+    }
+}
+
+/// Prints `text`, or `value` where the operator asked for JSON.
+fn print(json: bool, value: &Value, text: impl fmt::Display) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match json {
+        true => writeln!(out, "{value:#}"),
+        false => writeln!(out, "{text}"),
+    }
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    start(std::env::args_os())
+}
+
+fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and the version are answers on standard output; the rest goes to standard error with code 2.
+            let code = error.exit_code();
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(code).unwrap_or(Failure::USAGE));
+        }
+    };
+    let json = cli.json;
+    let result = match cli.command {
+        Command::Run(run) => run.execute(json),
+        Command::Chat(chat) => chat.execute(json),
+        Command::Plugin(plugin) => plugin.execute(json),
+        Command::Config(config) => config.execute(json),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Where even the error cannot be written, the exit code remains.
+            let _ = match json {
+                _ if failure.exit == 0 || failure.message.is_empty() => Ok(()),
+                true => writeln!(io::stdout(), "{:#}", failure.json),
+                false => writeln!(io::stderr(), "{}", failure.message),
+            };
+            ExitCode::from(failure.exit)
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! What the operator decided: one file, overridden by the environment, overridden by flags.
+//!
+//! ```text
+//! defaults  <  plugins.toml  <  FABSTIR_SECTION__KEY  <  --listen, --log, --safe-mode, --set key=value
+//! ```
+//!
+//! The doc comment of a field is its whole documentation: the reference page (`docs/configuration.md`) is made from it.
+//! No other module reads the file or the environment.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+mod file;
+mod merged;
+mod problem;
+mod schema;
+mod size;
+mod sources;
+#[cfg(test)]
+mod tests;
+
+pub use problem::{Place, Problem, Problems};
+pub use size::Bytes;
+pub use sources::{Flag, Loaded, Setting, Sources};
+
+/// The whole configuration, merged and checked. Paths that the node itself uses are absolute.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The node as a process.
+    pub node: Node,
+    /// The HTTP edge for clients.
+    pub gateway: Gateway,
+    /// Which requests wait, and how many.
+    pub scheduler: Scheduler,
+    /// Where plugins come from, and which are trusted.
+    pub plugins: Plugins,
+    /// The plugins that the node starts, one table each.
+    pub plugin: Vec<PluginEntry>,
+    /// The folder of the configuration file, or the current folder where there is none. Plugins run in it, so that relative
+    /// paths in their `config` tables start there.
+    #[serde(skip)]
+    pub base_dir: PathBuf,
+}
+
+/// The node as a process.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Node {
+    /// The folder for the state of the node and of its plugins. A path; relative ones start at the file's folder.
+    ///
+    /// Default: `$XDG_DATA_HOME/fabstir-node`, or `~/.local/share/fabstir-node`.
+    /// Example: `data_dir = "/var/lib/fabstir-node"`.
+    #[schemars(extend("format" = "path"))]
+    pub data_dir: PathBuf,
+    /// What is logged: a level, or a list of `target=level`, where a plugin's target is `plugin::ID`.
+    ///
+    /// Default: `"info"`.
+    /// Example: `log = "info,plugin::llama=debug"`.
+    #[schemars(extend("format" = "log-filter"))]
+    pub log: String,
+    /// How long running requests may take to end after SIGTERM, and after a plugin is replaced. Milliseconds.
+    ///
+    /// Default: `30000`.
+    /// Example: `drain_timeout_ms = 120000`.
+    pub drain_timeout_ms: u64,
+    /// Looks for plugins only beside the node's own binary. For finding out which one breaks a start.
+    ///
+    /// Default: `false`.
+    /// Example: `safe_mode = true`.
+    pub safe_mode: bool,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self { data_dir: default_data_dir(), log: "info".into(), drain_timeout_ms: 30_000, safe_mode: false }
+    }
+}
+
+/// The HTTP edge for clients.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Gateway {
+    /// Where HTTP clients connect: address and port. Port 0 takes a free one, which the log names. There are no API keys:
+    /// who reaches this address may use the node.
+    ///
+    /// Default: `"127.0.0.1:8080"`.
+    /// Example: `listen = "0.0.0.0:8080"`.
+    #[schemars(with = "String", extend("format" = "address"))]
+    pub listen: SocketAddr,
+    /// The largest request body. Bytes, as a number or with KiB, MiB or GiB; a larger one is refused with 413.
+    ///
+    /// Default: `"8MiB"`.
+    /// Example: `max_body = "32MiB"`.
+    #[schemars(range(min = 1))]
+    pub max_body: Bytes,
+    /// Web pages that may call this node from a browser: origins, or `"*"` for all. Empty switches CORS off.
+    ///
+    /// Default: `[]`.
+    /// Example: `cors_origins = ["https://chat.example.org"]`.
+    #[schemars(extend("items" = { "type": "string", "format": "origin" }))]
+    pub cors_origins: Vec<String>,
+    /// How long a client may take to send a request, headers and body. Milliseconds.
+    ///
+    /// Default: `10000`.
+    /// Example: `header_timeout_ms = 30000`.
+    #[schemars(range(min = 1))]
+    pub header_timeout_ms: u64,
+    /// The pause after which a silent stream sends a comment, so that proxies keep it open. Milliseconds.
+    ///
+    /// Default: `15000`.
+    /// Example: `ping_interval_ms = 5000`.
+    #[schemars(range(min = 1))]
+    pub ping_interval_ms: u64,
+    /// The longest that one request may take, waiting included. Milliseconds.
+    ///
+    /// Default: `600000`.
+    /// Example: `request_timeout_ms = 1800000`.
+    #[schemars(range(min = 1))]
+    pub request_timeout_ms: u64,
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
+            max_body: Bytes(8 << 20),
+            cors_origins: Vec::new(),
+            header_timeout_ms: 10_000,
+            ping_interval_ms: 15_000,
+            request_timeout_ms: 600_000,
+        }
+    }
+}
+
+/// Which requests wait, and how many.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scheduler {
+    /// How many requests may wait for a free slot. One more is refused with 429 and a `Retry-After`.
+    ///
+    /// Default: `64`.
+    /// Example: `queue = 16`.
+    pub queue: usize,
+    /// How many prompt tokens, estimated, may wait in all. Tokens.
+    ///
+    /// Default: `131072`.
+    /// Example: `queue_tokens = 32768`.
+    pub queue_tokens: usize,
+    /// How often a request that has produced nothing yet is tried again after its plugin failed.
+    ///
+    /// Default: `2`.
+    /// Example: `retries = 0`.
+    pub retries: u32,
+}
+
+impl Default for Scheduler {
+    fn default() -> Self {
+        Self { queue: 64, queue_tokens: 131_072, retries: 2 }
+    }
+}
+
+/// Where plugins come from, and which are trusted.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Plugins {
+    /// The folders in which a plugin is looked for by name, first match wins; the folder of the node's own binary comes last.
+    /// Relative ones start at the configuration file's folder.
+    ///
+    /// Default: `["plugins"]`.
+    /// Example: `dirs = ["plugins", "/usr/lib/fabstir-node"]`.
+    #[schemars(extend("items" = { "type": "string", "format": "path" }))]
+    pub dirs: Vec<PathBuf>,
+    /// Which plugin files may be loaded.
+    pub trust: Trust,
+}
+
+impl Default for Plugins {
+    fn default() -> Self {
+        Self { dirs: vec!["plugins".into()], trust: Trust::default() }
+    }
+}
+
+/// Which plugin files may be loaded.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Trust {
+    /// `"known"`: files whose SHA-256 is in the lock file. `"signed"`: files with a signature by one of `keys`.
+    /// `"any"`: every file, for developing a plugin.
+    ///
+    /// Default: `"known"`.
+    /// Example: `policy = "signed"`.
+    pub policy: Policy,
+    /// The public keys whose signatures count: `ed25519:` and 64 hexadecimal digits.
+    ///
+    /// Default: `[]`.
+    /// Example: `keys = ["ed25519:d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"]`.
+    #[schemars(extend("items" = { "type": "string", "format": "public-key" }))]
+    pub keys: Vec<String>,
+    /// The file with the SHA-256 of each known plugin, as `fabstir-node plugin lock` writes it. Relative ones start at the
+    /// configuration file's folder.
+    ///
+    /// Default: `"plugins.lock"`.
+    /// Example: `lock = "/etc/fabstir-node/plugins.lock"`.
+    #[schemars(extend("format" = "path"))]
+    pub lock: PathBuf,
+}
+
+impl Default for Trust {
+    fn default() -> Self {
+        Self { policy: Policy::Known, keys: Vec::new(), lock: "plugins.lock".into() }
+    }
+}
+
+/// Which plugin files may be loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(inline)]
+pub enum Policy {
+    Signed,
+    Known,
+    Any,
+}
+
+/// One plugin to start.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PluginEntry {
+    /// The operator's name for this instance, in logs, metrics and commands: lower-case letters, digits and `-`. Required.
+    ///
+    /// Example: `id = "llama"`.
+    #[schemars(extend("format" = "plugin-id"))]
+    pub id: String,
+    /// Which plugin: its name, looked up in `plugins.dirs` and beside the node's own binary, or a path to its file, which starts
+    /// at the configuration file's folder. Required.
+    ///
+    /// Example: `use = "inference-llama-cpp"`.
+    #[serde(rename = "use")]
+    #[schemars(length(min = 1))]
+    pub use_: String,
+    /// Whether it is started.
+    ///
+    /// Default: `true`.
+    /// Example: `enabled = false`.
+    #[serde(default = "yes")]
+    pub enabled: bool,
+    /// Where it runs. `"process"`: in a process of its own, so that its crash ends nothing else. `"in-process"`: in the node.
+    /// Left out, inference runs in a process and storage in the node.
+    ///
+    /// Example: `isolation = "in-process"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<Isolation>,
+    /// Among plugins that serve the same model the highest that is ready is used.
+    ///
+    /// Default: `0`.
+    /// Example: `rank = 100`.
+    #[serde(default)]
+    pub rank: i32,
+    /// What it may use.
+    #[serde(default)]
+    pub limits: Limits,
+    /// The plugin's own settings, checked against its schema; `fabstir-node plugin inspect FILE` prints them. Plugins run in the
+    /// configuration file's folder, so that relative paths start there unless the plugin says otherwise.
+    ///
+    /// Default: `{}`.
+    /// Example: `config = { models = [{ id = "tiny-chat", path = "models/tiny-chat/tiny-chat-q8_0.gguf" }] }`.
+    #[serde(default)]
+    pub config: Map<String, Value>,
+    /// Where the table stands.
+    #[serde(skip)]
+    pub origin: Origin,
+}
+
+/// Where a plugin's code runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(inline)]
+pub enum Isolation {
+    InProcess,
+    Process,
+}
+
+/// What a plugin may use.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// The most memory that a plugin in a process of its own may take. Bytes, as a number or with KiB, MiB or GiB. Left out,
+    /// there is no limit.
+    ///
+    /// Example: `memory = "20GiB"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1048576))]
+    pub memory: Option<Bytes>,
+    /// The most calls that run in it at once; more wait in the scheduler. Left out, the plugin's own number of slots decides.
+    ///
+    /// Example: `in_flight = 32`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub in_flight: Option<u32>,
+    /// The longest that a start may take, loading of models included. Milliseconds.
+    ///
+    /// Default: `600000`.
+    /// Example: `start_timeout_ms = 60000`.
+    #[schemars(range(min = 1))]
+    pub start_timeout_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { memory: None, in_flight: None, start_timeout_ms: 600_000 }
+    }
+}
+
+/// Where a `[[plugin]]` table stands: `plugins.toml:14`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    pub file: PathBuf,
+    /// From 1; 0 where the entry comes from the environment or a flag.
+    pub line: usize,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => f.write_str("environment or flags"),
+            line => write!(f, "{}:{line}", self.file.display()),
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_data_dir() -> PathBuf {
+    data_home(std::env::var_os("XDG_DATA_HOME"), std::env::var_os("HOME"))
+}
+
+fn data_home(xdg: Option<std::ffi::OsString>, home: Option<std::ffi::OsString>) -> PathBuf {
+    // A relative XDG_DATA_HOME is to be ignored: https://specifications.freedesktop.org/basedir-spec/latest/
+    xdg.map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| home.map(|home| Path::new(&home).join(".local/share")))
+        .unwrap_or_else(|| PathBuf::from("."))
+        .join("fabstir-node")
+}

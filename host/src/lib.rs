@@ -1,0 +1,12 @@
+//! The node as a library: what the binary `fabstir-node` runs, and what benches and tools reach into.
+//!
+//! The host knows no backend. It loads plugins ([`loader`]), keeps them alive ([`supervisor`]), and brings requests to them.
+
+pub mod cli;
+pub mod config;
+pub mod gateway;
+pub mod loader;
+pub mod node;
+pub mod routes;
+pub mod scheduler;
+pub mod supervisor;

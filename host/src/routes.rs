@@ -1,0 +1,155 @@
+//! Which plugins serve what at this moment: the supervisor publishes it, the scheduler reads it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use fabstir_plugin_api::inference::Inference;
+use tokio::sync::Notify;
+
+/// One moment's picture. A new one is published whenever a plugin becomes ready, drains, dies or is replaced.
+#[derive(Default)]
+pub struct Routes {
+    /// The plugins that take requests, best rank first.
+    pub inference: Vec<Arc<InferenceRoute>>,
+    /// The plugins that will, among them those that wait for their restart.
+    pub starting: Vec<Starting>,
+}
+
+/// A plugin on its way to being ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Starting {
+    pub plugin: String,
+    /// What it is busy with, in words: "loading tiny-chat".
+    pub doing: String,
+    /// How far that is, where the plugin can tell.
+    pub percent: Option<u8>,
+}
+
+/// One generation of a plugin that serves models.
+pub struct InferenceRoute {
+    pub plugin: String,
+    /// Counts the plugin's instances: a restart or a swap makes a new one.
+    pub generation: u64,
+    pub models: Vec<ServedModel>,
+    pub inference: Arc<dyn Inference>,
+    /// To be held for as long as a call or its stream lives: draining waits for it.
+    pub in_flight: Arc<InFlight>,
+}
+
+impl InferenceRoute {
+    pub fn serves(&self, model: &str) -> Option<&ServedModel> {
+        self.models.iter().find(|served| served.id == model)
+    }
+}
+
+/// A model that a route answers for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServedModel {
+    pub id: String,
+    /// Tokens that one generation may span, prompt and answer together.
+    pub context: u32,
+    /// Generations that run at the same time.
+    pub parallel: u32,
+}
+
+/// Counts the calls inside one generation of a plugin, and closes the door behind them when it drains.
+pub struct InFlight {
+    /// The number of guards, with [`DRAINING`] in the highest bit: one word, so that no call slips in beside the closing door.
+    word: AtomicU64,
+    limit: u64,
+    ended: Notify,
+}
+
+const DRAINING: u64 = 1 << 63;
+
+impl InFlight {
+    /// At most `limit` guards at a time; `None` sets no limit.
+    pub fn new(limit: Option<u32>) -> Arc<InFlight> {
+        let limit = limit.map_or(DRAINING - 1, u64::from);
+        Arc::new(InFlight { word: AtomicU64::new(0), limit, ended: Notify::new() })
+    }
+
+    /// `None` when the generation drains, or is as full as the operator allows.
+    pub fn enter(self: &Arc<Self>) -> Option<InFlightGuard> {
+        self.word
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| (word < self.limit).then_some(word + 1))
+            .ok()
+            .map(|_| InFlightGuard(self.clone()))
+    }
+
+    /// Lets nobody in from now on.
+    pub fn drain(&self) {
+        self.word.fetch_or(DRAINING, Ordering::AcqRel);
+        self.ended.notify_waiters();
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.word.load(Ordering::Acquire) & DRAINING != 0
+    }
+
+    /// How many are inside.
+    pub fn count(&self) -> u64 {
+        self.word.load(Ordering::Acquire) & !DRAINING
+    }
+
+    /// Returns once nobody is inside. Call [`drain`](Self::drain) first, or others may enter in the meantime.
+    pub async fn drained(&self) {
+        loop {
+            let ended = self.ended.notified();
+            tokio::pin!(ended);
+            // Registered before the count is read, so that the last guard's notice cannot fall between the two.
+            ended.as_mut().enable();
+            if self.count() == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+/// One call's presence in a plugin; ends when dropped.
+pub struct InFlightGuard(Arc<InFlight>);
+
+impl Drop for InFlightGuard {
+    fn drop(&mut self) {
+        let before = self.0.word.fetch_sub(1, Ordering::AcqRel);
+        if before & !DRAINING == 1 {
+            self.0.ended.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn drain_waits_for_those_inside_and_lets_no_one_in() {
+        let in_flight = InFlight::new(None);
+        let first = in_flight.enter().expect("the door is open");
+        let second = in_flight.enter().expect("the door is open");
+        in_flight.drain();
+        assert!(in_flight.enter().is_none());
+        assert_eq!(in_flight.count(), 2);
+
+        let waiting = tokio::spawn({
+            let in_flight = in_flight.clone();
+            async move { in_flight.drained().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(first);
+        drop(second);
+        waiting.await.expect("the wait ends");
+    }
+
+    #[test]
+    fn a_limit_counts_those_inside() {
+        let in_flight = InFlight::new(Some(1));
+        let first = in_flight.enter();
+        assert!(first.is_some());
+        assert!(in_flight.enter().is_none());
+        drop(first);
+        assert!(in_flight.enter().is_some());
+    }
+}

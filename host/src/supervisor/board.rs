@@ -1,0 +1,99 @@
+//! The present state of every plugin, and the routes that follow from it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::start::Running;
+use super::{Connected, State, Status};
+use crate::config::PluginEntry;
+use crate::routes::{InferenceRoute, Routes, Starting};
+
+pub(super) struct Board {
+    posts: Mutex<BTreeMap<String, Post>>,
+    routes: watch::Sender<Arc<Routes>>,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        Self { posts: Mutex::default(), routes: watch::Sender::new(Arc::default()) }
+    }
+}
+
+struct Post {
+    status: Status,
+    rank: i32,
+    route: Option<Arc<InferenceRoute>>,
+    connected: Option<Arc<Connected>>,
+}
+
+impl Board {
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Routes>> {
+        self.routes.subscribe()
+    }
+
+    pub fn status(&self) -> Vec<Status> {
+        self.posts.lock().values().map(|post| post.status.clone()).collect()
+    }
+
+    pub fn running(&self) -> Vec<(String, Arc<Connected>)> {
+        let posts = self.posts.lock();
+        posts.iter().filter_map(|(id, post)| post.connected.clone().map(|connected| (id.clone(), connected))).collect()
+    }
+
+    /// A plugin's new state; its routes stay as they are.
+    pub fn post(&self, entry: &PluginEntry, state: State) {
+        self.change(entry, |post| post.status.state = state);
+    }
+
+    /// A new generation takes over.
+    pub fn publish(&self, entry: &PluginEntry, running: &Running) {
+        self.change(entry, |post| {
+            post.status.state = running.state();
+            post.status.generation = running.generation;
+            post.route = running.route.clone();
+            post.connected = Some(running.connected.clone());
+        });
+    }
+
+    /// The plugin takes no more requests.
+    pub fn withdraw(&self, entry: &PluginEntry, state: State) {
+        self.change(entry, |post| {
+            post.status.state = state;
+            post.route = None;
+            post.connected = None;
+        });
+    }
+
+    pub fn remove(&self, id: &str) {
+        let mut posts = self.posts.lock();
+        posts.remove(id);
+        self.announce(&posts);
+    }
+
+    fn change(&self, entry: &PluginEntry, change: impl FnOnce(&mut Post)) {
+        let mut posts = self.posts.lock();
+        let post = posts.entry(entry.id.clone()).or_insert_with(|| Post {
+            status: Status { id: entry.id.clone(), use_: entry.use_.clone(), state: State::Declared, generation: 0 },
+            rank: entry.rank,
+            route: None,
+            connected: None,
+        });
+        post.rank = entry.rank;
+        post.status.use_.clone_from(&entry.use_);
+        change(post);
+        self.announce(&posts);
+    }
+
+    fn announce(&self, posts: &BTreeMap<String, Post>) {
+        let mut ranked: Vec<(i32, Arc<InferenceRoute>)> =
+            posts.values().filter_map(|post| post.route.clone().map(|route| (post.rank, route))).collect();
+        // Equal ranks keep the order of their ids.
+        ranked.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
+        let inference = ranked.into_iter().map(|(_, route)| route).collect();
+        let starting = posts.values().filter_map(|post| Option::<Starting>::from(&post.status)).collect();
+        self.routes.send_replace(Arc::new(Routes { inference, starting }));
+    }
+}

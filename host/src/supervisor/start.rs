@@ -1,0 +1,258 @@
+//! Starting one generation: connect, configure, load its models.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::error::{Code, PluginError};
+use fabstir_plugin_api::inference::Inference;
+use fabstir_plugin_api::interface::Interface;
+use fabstir_plugin_api::plugin::{Configure, Health};
+
+use super::{Connected, Shared, State};
+use crate::config::{Isolation, PluginEntry};
+use crate::loader::{Artifact, LoadError, Step};
+use crate::routes::{InFlight, InferenceRoute, ServedModel};
+
+/// A generation that works.
+pub(super) struct Running {
+    pub generation: u64,
+    pub connected: Arc<Connected>,
+    pub in_flight: Arc<InFlight>,
+    pub route: Option<Arc<InferenceRoute>>,
+    /// Kept, so that a restart needs no second check of the file.
+    pub artifact: Artifact,
+    degraded: Option<String>,
+}
+
+impl Running {
+    pub fn state(&self) -> State {
+        match &self.degraded {
+            None => State::Ready,
+            Some(why) => State::Degraded { why: why.clone() },
+        }
+    }
+}
+
+/// Why a generation did not start.
+#[derive(Debug)]
+pub(super) struct StartError {
+    pub error: LoadError,
+    /// Whether another try may go better without anything being changed.
+    pub again: bool,
+    pub artifact: Option<Artifact>,
+}
+
+impl Shared {
+    /// Where the plugin runs if the operator does not say: a fault in inference code must not take the node along.
+    fn isolation(entry: &PluginEntry, artifact: &Artifact) -> Isolation {
+        let computes = artifact.manifest.provides.iter().any(|provided| provided.kind == <dyn Inference as Interface>::KIND);
+        entry.isolation.unwrap_or(if computes { Isolation::Process } else { Isolation::InProcess })
+    }
+
+    /// Starts a generation of `entry`, from `known` if the file was checked before. `progress` hears what it is doing.
+    pub(super) async fn start(
+        &self,
+        entry: &PluginEntry,
+        known: Option<Artifact>,
+        progress: &(dyn Fn(State) + Send + Sync),
+    ) -> Result<Running, StartError> {
+        let doing = |doing: &str| progress(State::Starting { doing: doing.to_owned(), percent: None });
+        let artifact = match known {
+            Some(artifact) => artifact,
+            None => {
+                doing("checking its file");
+                let loader = self.loader.read().clone();
+                loader.prepare(entry).await.map_err(|error| StartError { error, again: false, artifact: None })?
+            }
+        };
+        let started = self.start_checked(entry, &artifact, progress).await;
+        started.map_err(|(error, again)| StartError { error, again, artifact: Some(artifact) })
+    }
+
+    async fn start_checked(
+        &self,
+        entry: &PluginEntry,
+        artifact: &Artifact,
+        progress: &(dyn Fn(State) + Send + Sync),
+    ) -> Result<Running, (LoadError, bool)> {
+        let limit = Duration::from_millis(entry.limits.start_timeout_ms);
+        let deadline = Instant::now() + limit;
+        progress(State::Starting { doing: "starting".into(), percent: None });
+        let isolation = Self::isolation(entry, artifact);
+        let suspect = match isolation {
+            Isolation::InProcess => Some(Suspect::mark(self, entry, artifact)?),
+            Isolation::Process => None,
+        };
+        let connected = match isolation {
+            Isolation::Process => {
+                let folder = self.config.read().base_dir.clone();
+                Connected::worker(&artifact.copy, entry, &folder).map_err(|error| (error, true))?
+            }
+            Isolation::InProcess => {
+                let (file, id) = (artifact.copy.clone(), entry.id.clone());
+                // Opening runs the file's initialisers: not on a thread that others wait for.
+                let opened = tokio::task::spawn_blocking(move || Connected::in_process(&file, &id));
+                match tokio::time::timeout(limit, opened).await {
+                    Ok(Ok(opened)) => opened.map_err(|error| (error, false))?,
+                    Ok(Err(error)) => return Err((failed("P601", format!("the plugin cannot be opened: {error}")), false)),
+                    Err(_) => return Err((hung(entry), false)),
+                }
+            }
+        };
+        let connected = Arc::new(connected);
+        let prepared = tokio::select! {
+            prepared = self.prepare(entry, artifact, &connected, deadline, progress) => prepared,
+            why = connected.failed() => Err((failed("P604", format!("the plugin ended while starting: {why}")), true)),
+        };
+        match prepared {
+            Ok((route, in_flight, generation, degraded)) => {
+                drop(suspect);
+                Ok(Running { generation, connected, in_flight, route, artifact: artifact.clone(), degraded })
+            }
+            Err(error) => {
+                connected.end("the plugin did not start", Duration::from_secs(1)).await;
+                drop(suspect);
+                Err(error)
+            }
+        }
+    }
+
+    async fn prepare(
+        &self,
+        entry: &PluginEntry,
+        artifact: &Artifact,
+        connected: &Arc<Connected>,
+        deadline: Instant,
+        progress: &(dyn Fn(State) + Send + Sync),
+    ) -> Result<(Option<Arc<InferenceRoute>>, Arc<InFlight>, u64, Option<String>), (LoadError, bool)> {
+        let cx = || Cx::new().with_deadline(Some(deadline));
+        let (data_dir, log_level) = {
+            let config = self.config.read();
+            (config.node.data_dir.clone(), plugin_level(&config.node.log, &entry.id))
+        };
+        let configure = Configure {
+            instance: entry.id.clone(),
+            state_dir: data_dir.join("state").join(&entry.id),
+            config: serde_json::Value::Object(entry.config.clone()).to_string(),
+            log_level,
+        };
+        connected.plugin.configure(&cx(), configure).await.map_err(|error| {
+            let again = error.code != Code::InvalidArgument;
+            (not_started(entry, "P503", "its configuration was refused", error), again)
+        })?;
+        let serves = artifact.manifest.provides.iter().any(|provided| provided.kind == <dyn Inference as Interface>::KIND);
+        let in_flight = InFlight::new(entry.limits.in_flight);
+        let generation = self.next_generation();
+        if !serves {
+            return Ok((None, in_flight, generation, None));
+        }
+        let inference = <dyn Inference as Interface>::client(connected.session.clone());
+        let known = inference.models(&cx()).await.map_err(|error| (not_started(entry, "P605", "it names no models", error), true))?;
+        let (mut models, mut refused, mut again) = (Vec::new(), Vec::new(), false);
+        for model in known {
+            let load_cx = cx();
+            let load = inference.load(&load_cx, model.id.clone());
+            let watch = watch_progress(connected, &model.id, progress);
+            let loaded = tokio::select! { loaded = load => loaded, never = watch => match never {} };
+            match loaded {
+                Ok(loaded) => models.push(ServedModel { id: model.id, context: loaded.context, parallel: loaded.parallel.max(1) }),
+                Err(error) => {
+                    again |= !matches!(error.code, Code::InvalidArgument | Code::NotFound);
+                    tracing::error!(plugin = %entry.id, model = %model.id, code = %error.code, %error, "A model could not be loaded.");
+                    refused.push(format!("model `{}`: {error}", model.id));
+                }
+            }
+        }
+        if models.is_empty() {
+            let why = if refused.is_empty() { "it has no models".to_owned() } else { refused.join("; ") };
+            return Err((failed("P606", format!("plugin `{}` serves nothing: {why}", entry.id)), again));
+        }
+        let degraded = (!refused.is_empty()).then(|| refused.join("; "));
+        let route = InferenceRoute { plugin: entry.id.clone(), generation, models, inference, in_flight: in_flight.clone() };
+        Ok((Some(Arc::new(route)), in_flight, generation, degraded))
+    }
+}
+
+/// Shows how far a model's load is, until dropped.
+async fn watch_progress(
+    connected: &Connected,
+    model: &str,
+    progress: &(dyn Fn(State) + Send + Sync),
+) -> std::convert::Infallible {
+    loop {
+        let cx = Cx::new().with_timeout(Duration::from_secs(2));
+        let state = match connected.plugin.health(&cx).await {
+            Ok(Health::Starting { doing, percent }) => State::Starting { doing, percent },
+            _ => State::Starting { doing: format!("loading {model}"), percent: None },
+        };
+        progress(state);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn failed(code: &'static str, message: String) -> LoadError {
+    LoadError::new(Step::Connect, code, message)
+}
+
+fn hung(entry: &PluginEntry) -> LoadError {
+    failed("P607", format!("plugin `{}` was not ready within {} ms", entry.id, entry.limits.start_timeout_ms))
+        .fix("raise `limits.start_timeout_ms` if it needs longer")
+}
+
+fn not_started(entry: &PluginEntry, code: &'static str, what: &str, error: PluginError) -> LoadError {
+    if error.code == Code::DeadlineExceeded {
+        return hung(entry);
+    }
+    failed(code, format!("plugin `{}`: {what}: {error}", entry.id)).note("at", entry.origin.to_string())
+}
+
+/// The level that a log filter means for a plugin: `plugin::ID=level`, else the level without a target.
+fn plugin_level(filter: &str, id: &str) -> String {
+    let own = format!("plugin::{id}=");
+    let parts = || filter.split(',').map(str::trim);
+    let specific = parts().find_map(|part| part.strip_prefix(&own));
+    specific.or_else(|| parts().find(|part| !part.contains('='))).unwrap_or("info").to_owned()
+}
+
+/// A note on disk that a plugin is being started inside the node. It is taken back when the start has ended, well or badly; a note
+/// that is there at the next start names the plugin that took the node along.
+struct Suspect(std::path::PathBuf);
+
+impl Suspect {
+    fn mark(shared: &Shared, entry: &PluginEntry, artifact: &Artifact) -> Result<Self, (LoadError, bool)> {
+        let folder = shared.config.read().node.data_dir.join("starting");
+        let path = folder.join(&entry.id);
+        if std::fs::read_to_string(&path).is_ok_and(|hash| hash == artifact.sha256) {
+            let error = failed("P608", format!("the node ended last time while plugin `{}` was being started", entry.id))
+                .note("file", artifact.source.display().to_string())
+                .fix(format!("set `isolation = \"process\"`, replace the plugin, or remove {} to try again", path.display()));
+            return Err((error, false));
+        }
+        let written = std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, &artifact.sha256));
+        match written {
+            Ok(()) => Ok(Self(path)),
+            Err(why) => Err((failed("P609", format!("{} cannot be written: {why}", path.display())), true)),
+        }
+    }
+}
+
+impl Drop for Suspect {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(%error, file = %self.0.display(), "A start's note could not be removed.");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plugins_own_level_goes_before_the_general_one() {
+        assert_eq!(plugin_level("info,plugin::llama=debug", "llama"), "debug");
+        assert_eq!(plugin_level("warn,plugin::llama=debug", "echo"), "warn");
+        assert_eq!(plugin_level("hyper=trace", "echo"), "info");
+    }
+}

@@ -1,0 +1,211 @@
+//! The checks: what every plugin promises, and what its kinds promise.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use anyhow::Result;
+
+use crate::harness::Harness;
+use crate::report::Outcome;
+
+mod inference;
+mod lifecycle;
+mod storage;
+mod streams;
+
+/// What a check does, in a process of its own.
+type Run = for<'a> fn(&'a Harness) -> Pin<Box<dyn Future<Output = Result<Outcome>> + 'a>>;
+
+/// One promise that can be checked on any built library.
+pub struct Check {
+    /// The name that one types.
+    pub name: &'static str,
+    /// The kind whose plugins it applies to; `None` for all.
+    pub kind: Option<&'static str>,
+    /// The promise, in one sentence.
+    pub promise: &'static str,
+    /// How many times the usual time it may take.
+    pub patience: u32,
+    pub(crate) run: Run,
+}
+
+macro_rules! check {
+    ($kind:expr, $name:literal, $run:path, $promise:literal) => {
+        check!($kind, $name, $run, $promise, 1)
+    };
+    ($kind:expr, $name:literal, $run:path, $promise:literal, $patience:literal) => {
+        Check { name: $name, kind: $kind, promise: $promise, patience: $patience, run: |harness| Box::pin($run(harness)) }
+    };
+}
+
+const INFERENCE: Option<&str> = Some("inference");
+const STORAGE: Option<&str> = Some("storage");
+
+pub(crate) static CHECKS: &[Check] = &[
+    check!(None, "load", lifecycle::load, "The library opens, connects, and says what its manifest says."),
+    check!(
+        None,
+        "describe-is-stable",
+        lifecycle::describe_is_stable,
+        "`describe` gives the same answer every time, in every instance."
+    ),
+    check!(
+        None,
+        "config-schema-refuses-unknown-keys",
+        lifecycle::config_schema_refuses_unknown_keys,
+        "A key that the schema does not know is refused by name, and the given configuration is accepted."
+    ),
+    check!(
+        None,
+        "unconfigured-is-unavailable",
+        lifecycle::unconfigured_is_unavailable,
+        "No method of a kind runs before `configure`."
+    ),
+    check!(None, "declared-methods-work", lifecycle::declared_methods_work, "Every method in `describe` does its work."),
+    check!(
+        None,
+        "undeclared-are-unimplemented",
+        lifecycle::undeclared_are_unimplemented,
+        "Every method of a kind that is not in `describe` answers `Unimplemented`."
+    ),
+    check!(
+        None,
+        "unknown-method-is-unimplemented",
+        lifecycle::unknown_method_is_unimplemented,
+        "Methods and kinds of a later version answer `Unimplemented`."
+    ),
+    check!(
+        None,
+        "panic-contained",
+        lifecycle::panic_contained,
+        "Arguments that cannot be read end their call with an error, and nothing else."
+    ),
+    check!(None, "garbage-frames-are-survived", lifecycle::garbage_frames_are_survived, "Frames of nonsense change nothing."),
+    check!(
+        None,
+        "hundred-concurrent-calls",
+        lifecycle::hundred_concurrent_calls,
+        "A hundred calls at once are all answered, each its own."
+    ),
+    check!(
+        None,
+        "cancel-before",
+        streams::cancel_before,
+        "A stream cancelled before its first item sends none after the cancel."
+    ),
+    check!(
+        None,
+        "cancel-during",
+        streams::cancel_during,
+        "A stream cancelled under way stops, and what it held is free again.",
+        2
+    ),
+    check!(None, "cancel-after", streams::cancel_after, "A cancel that comes after the end changes nothing."),
+    check!(
+        None,
+        "slow-consumer-keeps-memory-flat",
+        streams::slow_consumer_keeps_memory_flat,
+        "A stream that is not read waits, and piles up nothing."
+    ),
+    check!(None, "deadline-honoured", streams::deadline_honoured, "A call that is late ends with `DeadlineExceeded` by itself."),
+    check!(
+        None,
+        "drain-refuses-and-waits",
+        streams::drain_refuses_and_waits,
+        "`drain` refuses new calls and returns when the running ones end."
+    ),
+    check!(
+        None,
+        "shutdown-leaves-no-thread",
+        lifecycle::shutdown_leaves_no_thread,
+        "An instance that has ended has no thread left."
+    ),
+    check!(
+        None,
+        "thousand-starts-without-growth",
+        lifecycle::thousand_starts_without_growth,
+        "A thousand instances, started and ended, leave no memory, thread or file behind.",
+        5
+    ),
+    check!(
+        INFERENCE,
+        "models-and-load",
+        inference::models_and_load,
+        "Models load, say what they take, and can be loaded again and unloaded."
+    ),
+    check!(
+        INFERENCE,
+        "generate-ends-with-done",
+        inference::generate_ends_with_done,
+        "An answer is text and then exactly one `Done`."
+    ),
+    check!(INFERENCE, "usage-adds-up", inference::usage_adds_up, "The tokens of the pieces add up to the usage."),
+    check!(INFERENCE, "stop-strings", inference::stop_strings, "A stop text ends the answer and is not part of it."),
+    check!(INFERENCE, "max-tokens", inference::max_tokens, "An answer has no more than `max_tokens` and says when it was cut."),
+    check!(INFERENCE, "seed-repeats", inference::seed_repeats, "The same seed and request give the same answer."),
+    check!(
+        INFERENCE,
+        "too-long-is-refused",
+        inference::too_long_is_refused,
+        "A request over the context is refused as `TooLong`."
+    ),
+    check!(
+        INFERENCE,
+        "unknown-model-is-not-found",
+        inference::unknown_model_is_not_found,
+        "A model that is not there is `NotFound`."
+    ),
+    check!(
+        INFERENCE,
+        "parallel-generations",
+        inference::parallel_generations,
+        "As many answers run at once as `load` says; one more is answered or told when to come back.",
+        2
+    ),
+    check!(
+        STORAGE,
+        "put-get-round-trip",
+        storage::put_get_round_trip,
+        "Bytes come back as they went in, under their BLAKE3 hash."
+    ),
+    check!(STORAGE, "ranges", storage::ranges, "A part of a blob is that part, cut at the end."),
+    check!(
+        STORAGE,
+        "missing-is-not-found",
+        storage::missing_is_not_found,
+        "A blob that is not there is `NotFound`, and no id leads elsewhere."
+    ),
+    check!(
+        STORAGE,
+        "wrong-expectation-stores-nothing",
+        storage::wrong_expectation_stores_nothing,
+        "Bytes that are not those announced are refused and not stored."
+    ),
+    check!(STORAGE, "put-twice", storage::put_twice, "Putting a stored blob again succeeds, also at the same time."),
+    check!(STORAGE, "delete", storage::delete, "A deleted blob is gone, and `delete` says whether it was there."),
+    check!(STORAGE, "list-in-order", storage::list_in_order, "`list` gives every blob once, in order of id."),
+    check!(
+        STORAGE,
+        "large-blob-in-bounded-memory",
+        storage::large_blob_in_bounded_memory,
+        "A blob larger than the memory allowed for it goes in and comes out.",
+        3
+    ),
+    check!(
+        STORAGE,
+        "cancelled-put-stores-nothing",
+        storage::cancelled_put_stores_nothing,
+        "A put that is given up, or whose bytes fail, stores nothing."
+    ),
+];
+
+/// A small call of each kind that the plugin provides, for checks whose promise is not about a kind.
+async fn exercise(harness: &Harness, instance: &crate::harness::Instance) -> Result<()> {
+    if harness.provides("inference") {
+        inference::exercise(instance).await?;
+    }
+    if harness.provides("storage") {
+        storage::exercise(instance).await?;
+    }
+    Ok(())
+}

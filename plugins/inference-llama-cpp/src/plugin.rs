@@ -1,0 +1,270 @@
+//! The inference trait over engines: one per model, loaded and unloaded on demand.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fabstir_plugin_api::prelude::*;
+use tokio::sync::watch;
+
+use crate::config::{Config, ModelConfig};
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::sink::StreamSink;
+
+/// An instance: the configured models and those of them that are loaded.
+pub struct LlamaCpp {
+    models: Vec<Arc<Entry>>,
+    metrics: Metrics,
+}
+
+/// A configured model.
+struct Entry {
+    config: ModelConfig,
+    state: Mutex<State>,
+}
+
+enum State {
+    Unloaded,
+    Loading(Arc<Loading>),
+    Loaded(Arc<Engine>),
+}
+
+/// A load that one or several calls wait for.
+struct Loading {
+    percent: AtomicU8,
+    waiting: AtomicUsize,
+    /// Nobody waits any more, or the model is to be unloaded.
+    abandoned: AtomicBool,
+    outcome: watch::Sender<Option<Result<Arc<Engine>, Error>>>,
+}
+
+/// One call that waits for a load. The last one to go takes the load with it.
+struct Waiter(Arc<Loading>);
+
+impl Waiter {
+    fn new(loading: &Arc<Loading>) -> Self {
+        loading.waiting.fetch_add(1, Ordering::AcqRel);
+        Self(loading.clone())
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        if self.0.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.abandoned.store(true, Ordering::Release);
+        }
+    }
+}
+
+impl Entry {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The engine, if it is loaded and works.
+    fn engine(&self) -> Option<Arc<Engine>> {
+        match &*self.state() {
+            State::Loaded(engine) if engine.is_open() => Some(engine.clone()),
+            _ => None,
+        }
+    }
+
+    fn loaded(&self, engine: &Engine) -> Loaded {
+        let info = engine.info();
+        Loaded {
+            model: self.config.id.clone(),
+            context: info.context,
+            parallel: info.parallel,
+            memory: info.memory,
+            load_ms: info.load_time.as_millis() as u64,
+        }
+    }
+}
+
+impl LlamaCpp {
+    pub(crate) fn new(config: Config, metrics: Metrics) -> Self {
+        let entry = |config| Arc::new(Entry { config, state: Mutex::new(State::Unloaded) });
+        Self { models: config.models.into_iter().map(entry).collect(), metrics }
+    }
+
+    fn entry(&self, model: &str) -> Result<&Arc<Entry>, Error> {
+        self.models.iter().find(|entry| entry.config.id == model).ok_or_else(|| Error::Unknown(model.to_owned()))
+    }
+
+    fn engine(&self, model: &str) -> Result<Arc<Engine>, Error> {
+        self.entry(model)?.engine().ok_or_else(|| Error::NotLoaded(model.to_owned()))
+    }
+
+    /// Joins the load that runs, or starts one; or hands over the engine that is there.
+    fn join_load(&self, entry: &Arc<Entry>) -> Result<Arc<Engine>, Waiter> {
+        let mut state = entry.state();
+        match &*state {
+            State::Loaded(engine) if engine.is_open() => return Ok(engine.clone()),
+            State::Loading(loading) => return Err(Waiter::new(loading)),
+            State::Loaded(_) | State::Unloaded => {}
+        }
+        let loading = Arc::new(Loading {
+            percent: AtomicU8::new(0),
+            waiting: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+            outcome: watch::Sender::new(None),
+        });
+        *state = State::Loading(loading.clone());
+        let waiter = Waiter::new(&loading);
+        let (entry, counters) = (entry.clone(), self.metrics.of(&entry.config.id));
+        tokio::task::spawn_blocking(move || {
+            let told = loading.clone();
+            let progress = move |share: f32| {
+                told.percent.store((share * 100.0) as u8, Ordering::Relaxed);
+                !told.abandoned.load(Ordering::Acquire)
+            };
+            let outcome = Engine::load_counted(&entry.config, counters, progress);
+            let outcome = if loading.abandoned.load(Ordering::Acquire) { Err(Error::Abandoned) } else { outcome.map(Arc::new) };
+            *entry.state() = match &outcome {
+                Ok(engine) => State::Loaded(engine.clone()),
+                Err(_) => State::Unloaded,
+            };
+            match &outcome {
+                Ok(engine) => {
+                    let info = engine.info();
+                    tracing::info!(
+                        model = %entry.config.id, context = info.context, parallel = info.parallel, threads = info.threads,
+                        ms = info.load_time.as_millis() as u64, "Loaded a model."
+                    );
+                }
+                Err(Error::Abandoned) => tracing::info!(model = %entry.config.id, "Gave up loading a model: nobody waits for it."),
+                Err(error) => tracing::warn!(model = %entry.config.id, %error, "Could not load a model."),
+            }
+            loading.outcome.send_replace(Some(outcome));
+        });
+        Err(waiter)
+    }
+}
+
+#[async_trait]
+impl Inference for LlamaCpp {
+    async fn models(&self, _: &Cx) -> Result<Vec<Model>> {
+        let model = |entry: &Arc<Entry>| {
+            let engine = entry.engine();
+            Model {
+                id: entry.config.id.clone(),
+                loaded: engine.is_some(),
+                context: engine.map(|engine| engine.info().context).or(entry.config.context),
+                bytes: fs::metadata(&entry.config.path).ok().map(|metadata| metadata.len()),
+            }
+        };
+        Ok(self.models.iter().map(model).collect())
+    }
+
+    async fn load(&self, cx: &Cx, model: String) -> Result<Loaded> {
+        let entry = self.entry(&model)?;
+        loop {
+            let waiter = match self.join_load(entry) {
+                Ok(engine) => return Ok(entry.loaded(&engine)),
+                Err(waiter) => waiter,
+            };
+            let mut outcome = waiter.0.outcome.subscribe();
+            let outcome = tokio::select! {
+                outcome = outcome.wait_for(Option::is_some) => outcome.ok().and_then(|outcome| outcome.clone()),
+                () = cx.cancelled() => return Err(PluginError::cancelled()),
+            };
+            match outcome {
+                Some(Ok(engine)) => return Ok(entry.loaded(&engine)),
+                // Given up by those who waited before us: it is our turn.
+                Some(Err(Error::Abandoned)) => {}
+                Some(Err(error)) => return Err(error.into()),
+                None => return Err(PluginError::internal("the load ended without a result")),
+            }
+        }
+    }
+
+    async fn unload(&self, _: &Cx, model: String) -> Result<()> {
+        let entry = self.entry(&model)?.clone();
+        let before = {
+            let mut state = entry.state();
+            match &*state {
+                State::Loading(loading) => {
+                    loading.abandoned.store(true, Ordering::Release);
+                    return Ok(());
+                }
+                _ => std::mem::replace(&mut *state, State::Unloaded),
+            }
+        };
+        if let State::Loaded(engine) = before {
+            tracing::info!(model = %entry.config.id, "Unloading a model.");
+            blocking(move || engine.close()).await?;
+        }
+        Ok(())
+    }
+
+    async fn generate(&self, cx: &Cx, request: Generation) -> Result<Stream<Chunk>> {
+        let engine = self.engine(&request.model)?;
+        let place = engine.reserve()?;
+        let (sender, stream) = cx.stream();
+        let sink = Box::new(StreamSink::new(cx, sender));
+        blocking(move || engine.start(place, &request, sink)).await??;
+        Ok(stream)
+    }
+
+    async fn embed(&self, cx: &Cx, request: Embed) -> Result<Embeddings> {
+        let engine = self.engine(&request.model)?;
+        let waiting = cx.clone();
+        let (vectors, prompt_tokens) =
+            blocking(move || engine.embed(&request.inputs, move || waiting.is_cancelled())).await??;
+        Ok(Embeddings { vectors, prompt_tokens })
+    }
+
+    async fn tokenize(&self, _: &Cx, request: Tokenize) -> Result<Vec<u32>> {
+        let engine = self.engine(&request.model)?;
+        let tokens = blocking(move || engine.tokenize(&request.text, request.special)).await??;
+        Ok(tokens.into_iter().map(|token| token as u32).collect())
+    }
+
+    async fn apply_template(&self, _: &Cx, request: Template) -> Result<String> {
+        let engine = self.engine(&request.model)?;
+        Ok(blocking(move || engine.render(&request.messages)).await??)
+    }
+}
+
+#[async_trait]
+impl Lifecycle for LlamaCpp {
+    async fn health(&self) -> Health {
+        for entry in &self.models {
+            match &*entry.state() {
+                State::Loading(loading) => {
+                    let percent = Some(loading.percent.load(Ordering::Relaxed));
+                    return Health::Starting { doing: format!("loading {}", entry.config.id), percent };
+                }
+                State::Loaded(engine) if !engine.is_open() => {
+                    let reason = format!("the engine of model `{}` ended by a fault: load it again", entry.config.id);
+                    return Health::Degraded { reason };
+                }
+                _ => {}
+            }
+        }
+        Health::Ready
+    }
+
+    async fn shutdown(&self) {
+        for entry in &self.models {
+            let before = std::mem::replace(&mut *entry.state(), State::Unloaded);
+            match before {
+                State::Loaded(engine) => _ = blocking(move || engine.close()).await,
+                State::Loading(loading) => {
+                    loading.abandoned.store(true, Ordering::Release);
+                    let mut outcome = loading.outcome.subscribe();
+                    // The load notices at its next step; its own task puts the entry in order.
+                    let _ = outcome.wait_for(Option::is_some).await;
+                }
+                State::Unloaded => {}
+            }
+        }
+    }
+}
+
+/// Runs work that computes or waits beside the runtime's few threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| PluginError::internal(format!("a task of the plugin ended: {error}")))
+}

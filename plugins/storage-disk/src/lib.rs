@@ -1,0 +1,25 @@
+//! Keeps blobs in a folder, addressed by their BLAKE3 hash.
+//!
+//! A blob is one file, `aa/bb/<id>` for an id that begins with `aabb`. It is written under another name, forced to the disk and then
+//! renamed, so under its id a file is whole or absent, also after a power cut. `store` does that in plain blocking Rust; `plugin`
+//! carries it across to the node's asynchronous streams.
+
+mod config;
+mod error;
+mod plugin;
+mod store;
+
+use std::sync::Arc;
+
+use fabstir_plugin_api::prelude::*;
+
+pub use config::Config;
+pub use plugin::Disk;
+
+#[plugin(provides = [Storage])]
+async fn init(host: Host, config: Config) -> Result<Disk> {
+    config.check()?;
+    let folder = config.folder(host.state_dir());
+    let store = plugin::blocking(move || store::Store::open(&folder, config.max_bytes)).await?;
+    Ok(Disk::new(Arc::new(store)))
+}

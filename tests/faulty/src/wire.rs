@@ -1,0 +1,68 @@
+//! What no plugin built with the SDK would send: bytes written past it, to the worker's connection with the node.
+
+use std::io;
+
+use fabstir_plugin_api::frame::{Kind, Writer};
+use fabstir_plugin_api::inference::{Chunk, Text};
+
+/// The worker's socket is its standard input.
+const SOCKET: libc::c_int = 0;
+
+/// Bytes that are no frames.
+pub fn garbage() -> ! {
+    let mut state = 1_u64;
+    loop {
+        let bytes: Vec<u8> = (0..4096)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 33) as u8
+            })
+            .collect();
+        write(&bytes);
+    }
+}
+
+/// Well-formed frames that belong to no call: items of streams that were never opened, replies that nobody waits for.
+pub fn frames() -> ! {
+    loop {
+        for (kind, id) in [(Kind::Item, 1_000_000), (Kind::Reply, 2_000_000), (Kind::End, 3_000_001), (Kind::Credit, 4_000_002)] {
+            write(&item(kind, id));
+        }
+    }
+}
+
+/// Items for every stream that may be open, far beyond the credit that the node has granted.
+pub fn overrun() -> ! {
+    loop {
+        for id in (0..400).step_by(2) {
+            write(&item(Kind::Item, id));
+        }
+    }
+}
+
+fn item(kind: Kind, id: u64) -> Vec<u8> {
+    let mut writer = Writer::new(kind, id).count(1);
+    let text = Text { text: "more ".repeat(200), tokens: 1, logprobs: Vec::new() };
+    writer.value(&Chunk::Text(text)).expect("a text can be encoded");
+    let frame = writer.finish();
+    let mut bytes = Vec::from((frame.head.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&0_u32.to_le_bytes());
+    bytes.extend_from_slice(&frame.head);
+    bytes
+}
+
+/// Writes all of it, as fast as the node takes it. Ends the thread's work when the node has hung up.
+fn write(mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        // SAFETY: the pointer and the length are those of a live slice.
+        let written = unsafe { libc::write(SOCKET, bytes.as_ptr().cast(), bytes.len()) };
+        match usize::try_from(written) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            // The node has closed the connection: what this thread was for is over, and the worker ends by itself.
+            Err(_) => loop {
+                std::thread::park();
+            },
+        }
+    }
+}

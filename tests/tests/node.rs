@@ -1,0 +1,16 @@
+//! The promises of the shipped binary, with real plugins. One program, because linking is what costs.
+
+#[path = "node/bad_models.rs"]
+mod bad_models;
+#[path = "node/chat.rs"]
+mod chat;
+#[path = "node/clients.rs"]
+mod clients;
+#[path = "node/faults.rs"]
+mod faults;
+#[path = "node/load.rs"]
+mod load;
+#[path = "node/loading.rs"]
+mod loading;
+#[path = "node/serving.rs"]
+mod serving;
