@@ -6,7 +6,8 @@
 //!              refused     +---- failed with no output ---+
 //! ```
 //!
-//! - Admission is bounded in requests and in estimated prompt tokens. A refusal names a time to come back at which a place is kept.
+//! - Admission is bounded in requests and in estimated prompt tokens. A refusal names a time to come back at which a place is
+//!   kept.
 //! - The queue is ordered by priority, then deadline, then arrival. A dropped call leaves it at once.
 //! - Each model of each plugin generation has as many slots as it runs generations in parallel: the plugin itself never queues.
 //! - A request that has produced nothing yet is given to the next route or the next generation when its plugin fails.
@@ -192,7 +193,7 @@ impl Scheduler {
             let waiting = self.admit(&job, request.max_tokens, self.fingerprint(&request))?;
             let request = Arc::new(request);
             let (job, stream, held) = self.run(waiting, job, &generating(&request)).await?;
-            Ok(Run { stream, held, again: Some((job, request)) })
+            Ok(Run { stream, held, again: Some(Box::new((job, request))) })
         };
         match started.await {
             Ok(run) => Ok(Answer::new(self.clone(), run)),
@@ -319,7 +320,8 @@ impl Scheduler {
             }
         }
         let mut writer = Writer(self.fingerprints.build_hasher());
-        // A request that cannot be written as JSON shares its fingerprint with others like it, which costs nothing but a stranger's place.
+        // A request that cannot be written as JSON shares its fingerprint with others like it, which costs nothing but a
+        // stranger's place.
         let _ = serde_json::to_writer(&mut writer, request);
         writer.0.finish()
     }

@@ -22,7 +22,7 @@ pub(super) struct File {
 
 impl File {
     /// Reads and parses `path`; `shown` is its name in messages.
-    pub fn read(path: &Path, shown: &Path) -> Result<Self, Problem> {
+    pub fn read(path: &Path, shown: &Path) -> Result<Self, Box<Problem>> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             let reason = match error.kind() {
                 std::io::ErrorKind::NotFound => "it does not exist".into(),
@@ -36,7 +36,7 @@ impl File {
         Self::parse(text, shown)
     }
 
-    pub fn parse(text: String, shown: &Path) -> Result<Self, Problem> {
+    pub fn parse(text: String, shown: &Path) -> Result<Self, Box<Problem>> {
         let mut file = Self { path: shown.into(), values: Map::new(), text, spans: HashMap::new() };
         let document = Document::parse(file.text.clone()).map_err(|error| {
             let span = error.span().unwrap_or_default();
@@ -71,7 +71,7 @@ impl File {
         }
     }
 
-    fn table(&mut self, table: &dyn TableLike, path: &mut KeyPath) -> Result<Map<String, Value>, Problem> {
+    fn table(&mut self, table: &dyn TableLike, path: &mut KeyPath) -> Result<Map<String, Value>, Box<Problem>> {
         let mut values = Map::new();
         for (name, item) in table.iter() {
             path.push(name.to_string());
@@ -91,7 +91,7 @@ impl File {
         &mut self,
         items: impl Iterator<Item = (Option<Range<usize>>, Item)> + 'a,
         path: &mut KeyPath,
-    ) -> Result<Value, Problem> {
+    ) -> Result<Value, Box<Problem>> {
         let mut values = Vec::new();
         for (index, (span, item)) in items.enumerate() {
             path.push(index.to_string());
@@ -104,7 +104,7 @@ impl File {
         Ok(Value::Array(values))
     }
 
-    fn value(&mut self, item: &Item, path: &mut KeyPath) -> Result<Value, Problem> {
+    fn value(&mut self, item: &Item, path: &mut KeyPath) -> Result<Value, Box<Problem>> {
         if let Some(table) = item.as_table_like() {
             return Ok(Value::Object(self.table(table, path)?));
         }
@@ -116,8 +116,9 @@ impl File {
                 self.items(array.iter().map(|value| (value.span(), Item::Value(value.clone()))), path)
             }
             Item::Value(value) => scalar(value).ok_or_else(|| {
-                Problem::new("C103", self.place(path), format!("`{}` is not a number that can be used", path.join(".")))
-                    .key(path.join("."))
+                let key = path.join(".");
+                let message = format!("`{key}` is not a number that can be used");
+                Box::new(Problem::new("C103", self.place(path), message).key(key))
             }),
             _ => Ok(Value::Null),
         }

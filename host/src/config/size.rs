@@ -53,7 +53,7 @@ impl FromStr for Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match UNITS[..4].iter().find(|(_, scale)| self.0 > 0 && self.0 % scale == 0) {
+        match UNITS[..4].iter().find(|(_, scale)| self.0 > 0 && self.0.is_multiple_of(*scale)) {
             Some((unit, scale)) => write!(f, "{}{unit}", self.0 / scale),
             None => write!(f, "{}", self.0),
         }

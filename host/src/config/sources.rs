@@ -89,7 +89,7 @@ impl Sources {
     pub fn load(&self) -> Result<Loaded, Problems> {
         let file = match self.find() {
             None => None,
-            Some((path, shown)) => Some((File::read(&path, &shown).map_err(|problem| Problems(vec![problem]))?, path)),
+            Some((path, shown)) => Some((File::read(&path, &shown).map_err(|problem| Problems(vec![*problem]))?, path)),
         };
         let mut problems = Vec::new();
         let mut layers = vec![Layer { place: Place::Default, values: defaults() }];

@@ -92,14 +92,14 @@ async fn read(mut body: Body, limit: u64, timeout: Duration) -> Result<Bytes, (B
     }
 }
 
-/// Reads on and throws away while the refusal is under way. Closing a socket with unread data resets it, and most clients would report
-/// that reset instead of the answer.
+/// Reads on and throws away while the refusal is under way. Closing a socket with unread data resets it, and most clients would
+/// report that reset instead of the answer.
 fn discard(mut body: Body, timeout: Duration) {
     tokio::spawn(tokio::time::timeout(timeout, async move { while let Some(Ok(_)) = body.frame().await {} }));
 }
 
-/// `application/json` alone. Web pages cannot send that type to a foreign address without asking first, and asking is refused unless
-/// CORS is configured: it is what keeps a page from using a node on its visitor's machine.
+/// `application/json` alone. Web pages cannot send that type to a foreign address without asking first, and asking is refused
+/// unless CORS is configured: it is what keeps a page from using a node on its visitor's machine.
 fn content_type_error(headers: &HeaderMap) -> Option<ApiError> {
     let value = headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let value = value.unwrap_or_default();
@@ -108,8 +108,8 @@ fn content_type_error(headers: &HeaderMap) -> Option<ApiError> {
     (!good).then(|| ApiError::not_json_type(&essence.chars().take(64).collect::<String>()))
 }
 
-/// Refuses foreign names on a node that only its own machine may use. A web page whose own name was pointed at 127.0.0.1 (DNS rebinding)
-/// is of the same origin as this node to its browser; the `Host` header gives it away.
+/// Refuses foreign names on a node that only its own machine may use. A web page whose own name was pointed at 127.0.0.1 (DNS
+/// rebinding) is of the same origin as this node to its browser; the `Host` header gives it away.
 pub(super) async fn check_host(State(edge): State<Arc<Edge>>, request: Request, next: Next) -> Response {
     if edge.loopback_only {
         let authority = request.uri().authority().cloned();

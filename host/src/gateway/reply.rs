@@ -15,8 +15,8 @@ use super::limits::Caller;
 use super::sse;
 use crate::scheduler::{Answer, Refused};
 
-/// How long a stream's headers wait for its first chunk. A request that fails at once, as over a prompt that is too long, still gets
-/// a status of its own; any other has its headers when it starts, not when its first token comes.
+/// How long a stream's headers wait for its first chunk. A request that fails at once, as over a prompt that is too long, still
+/// gets a status of its own; any other has its headers when it starts, not when its first token comes.
 const FIRST_CHUNK: Duration = Duration::from_millis(100);
 
 /// How answers of one form look. `usage` says whether chunks carry `usage: null`.

@@ -19,8 +19,8 @@ use super::{Job, Scheduler, generating};
 
 /// The stream of an answer's chunks. It ends after [`Chunk::Done`] or after an error.
 ///
-/// A plugin that fails before its first output is replaced without a word. Dropping the answer cancels the generation and frees its
-/// slot. The slot is free as well once the last chunk was read.
+/// A plugin that fails before its first output is replaced without a word. Dropping the answer cancels the generation and frees
+/// its slot. The slot is free as well once the last chunk was read.
 pub struct Answer {
     phase: Phase,
     scheduler: Arc<Scheduler>,
@@ -38,18 +38,19 @@ enum Phase {
     Over,
 }
 
-/// A generation in its slot. The stream comes first: dropped in this order, the plugin hears of the end before the slot is given away.
+/// A generation in its slot. The stream comes first: dropped in this order, the plugin hears of the end before the slot is given
+/// away.
 pub(super) struct Run {
     pub stream: Stream<Chunk>,
     pub held: Held,
     /// What it takes to start anew; gone with the first output.
-    pub again: Option<(Job, Arc<Generation>)>,
+    pub again: Option<Box<(Job, Arc<Generation>)>>,
 }
 
 impl Answer {
     pub(super) fn new(scheduler: Arc<Scheduler>, run: Run) -> Answer {
         let (arrived, ends) = match &run.again {
-            Some((job, _)) => (job.arrived, job.ends),
+            Some(begun) => (begun.0.arrived, begun.0.ends),
             None => (Instant::now(), Instant::now()),
         };
         let metrics = run.held.metrics.clone();
@@ -107,7 +108,7 @@ impl Answer {
     fn fail(&mut self, error: PluginError) -> Option<Refused> {
         let Phase::Streaming(Run { stream, held, again }) = std::mem::replace(&mut self.phase, Phase::Over) else { return None };
         drop(stream);
-        let Some((mut job, request)) = again else {
+        let Some((mut job, request)) = again.map(|again| *again) else {
             return Some(self.scheduler.refused(Refused::by_plugin(&held.lane, error)));
         };
         match self.scheduler.again(&mut job, held, error) {
@@ -115,7 +116,7 @@ impl Answer {
                 let scheduler = self.scheduler.clone();
                 self.phase = Phase::Retrying(Box::pin(async move {
                     let (job, stream, held) = scheduler.run(waiting, job, &generating(&request)).await?;
-                    Ok(Run { stream, held, again: Some((job, request)) })
+                    Ok(Run { stream, held, again: Some(Box::new((job, request))) })
                 }));
                 None
             }

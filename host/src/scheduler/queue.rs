@@ -228,7 +228,7 @@ mod tests {
         let now = Instant::now();
         let soon = Some(now + Duration::from_secs(1));
         let late = Some(now + Duration::from_secs(9));
-        let mut places = vec![
+        let mut places = [
             place(0, None, 1),
             place(0, late, 2),
             place(0, soon, 3),

@@ -6,8 +6,8 @@ use std::time::Duration;
 /// The share of a new measurement in the mean; the deviation follows at the same pace.
 const WEIGHT: f64 = 0.15;
 
-/// The rate assumed for a model until its first request has ended. Slower than most: an estimate that proves too long costs a refused
-/// client some waiting, one that proves too short breaks a promise.
+/// The rate assumed for a model until its first request has ended. Slower than most: an estimate that proves too long costs a
+/// refused client some waiting, one that proves too short breaks a promise.
 const ASSUMED_TOKENS_PER_SECOND: f64 = 30.0;
 
 /// The answer's length assumed where the client set none.

@@ -103,7 +103,12 @@ impl Shared {
         let connected = Arc::new(connected);
         let prepared = tokio::select! {
             prepared = self.prepare(entry, artifact, &connected, deadline, progress) => prepared,
-            why = connected.failed() => Err((failed("P604", format!("the plugin ended while starting: {why}")), true)),
+            why = connected.failed() => Err((ended(why), true)),
+        };
+        // A worker that dies fails the call under way before it is known how it ended, which says more than the call's error.
+        let prepared = match prepared {
+            Err(_) if connected.session.is_closed() => Err((ended(connected.failed().await), true)),
+            prepared => prepared,
         };
         match prepared {
             Ok((route, in_flight, generation, degraded)) => {
@@ -193,6 +198,10 @@ async fn watch_progress(
 
 fn failed(code: &'static str, message: String) -> LoadError {
     LoadError::new(Step::Connect, code, message)
+}
+
+fn ended(why: String) -> LoadError {
+    failed("P604", format!("the plugin ended while starting: {why}"))
 }
 
 fn hung(entry: &PluginEntry) -> LoadError {

@@ -38,6 +38,12 @@ pub fn main() -> ExitCode {
         eprintln!("a worker needs the plugin's file; it is started by the node, not by hand");
         return ExitCode::from(2);
     };
+    // A terminal's Ctrl-C and a service manager's SIGTERM reach every process of the node at once. The node drains first, and ends
+    // its workers after that by closing their connection.
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: ignoring a signal installs no code.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
     limit(libc::RLIMIT_CORE, 0);
     if let Some(bytes) = memory {
         limit(libc::RLIMIT_DATA, bytes);

@@ -133,7 +133,8 @@ impl Drop for Place {
 
 impl Shared {
     fn reserve(self: &Arc<Self>) -> Result<Place, Error> {
-        let taken = self.busy.fetch_update(Ordering::AcqRel, Ordering::Acquire, |busy| (busy < self.parallel).then_some(busy + 1));
+        let taken =
+            self.busy.fetch_update(Ordering::AcqRel, Ordering::Acquire, |busy| (busy < self.parallel).then_some(busy + 1));
         if taken.is_err() {
             // Slots come free at this rate, if those that run are as long as those before.
             let wait = self.average_ms.load(Ordering::Relaxed) / u64::from(self.parallel);
@@ -209,7 +210,10 @@ impl Engine {
                     // The loader waits for this, so it is there to hear it.
                     let _ = announce.send(Ok((context.context, threads, cache)));
                     let chunk = config.prefill_chunk as usize;
-                    serve(&shared, &mut Batcher::new(shared.clone(), model, context, batch, chunk, threads, (commands, receiver)));
+                    serve(
+                        &shared,
+                        &mut Batcher::new(shared.clone(), model, context, batch, chunk, threads, (commands, receiver)),
+                    );
                 }
                 Err(error) => drop(announce.send(Err(error))),
             }
@@ -468,7 +472,8 @@ fn make_context(
             Threads { decode: threads, prompt: threads }
         }
         None => {
-            let threads = threads::choose(&mut context, &mut batch).map_err(|_| failed("a first step could not be computed".into()))?;
+            let threads =
+                threads::choose(&mut context, &mut batch).map_err(|_| failed("a first step could not be computed".into()))?;
             tracing::info!(model = %config.id, threads = threads.decode, prompt_threads = threads.prompt, "Chose threads by timing.");
             threads
         }

@@ -38,7 +38,9 @@ pub enum Value {
     Text(String),
     /// A short array of whole numbers, such as one value per layer.
     Numbers(Vec<u64>),
-    Array { len: u64 },
+    Array {
+        len: u64,
+    },
 }
 
 /// What the header of a file says, checked against the file's size.
@@ -141,7 +143,9 @@ impl Header {
         let first = format!("-{:05}-of-{count:05}.gguf", 1);
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let Some(stem) = name.strip_suffix(&first).filter(|_| count <= 99_999) else {
-            return Err(damaged(format!("it is one of {count} parts, and its name does not end in `{first}`: give the first part")));
+            return Err(damaged(format!(
+                "it is one of {count} parts, and its name does not end in `{first}`: give the first part"
+            )));
         };
         Ok((2..=count).map(|part| path.with_file_name(format!("{stem}-{part:05}-of-{count:05}.gguf"))).collect())
     }
@@ -209,7 +213,11 @@ impl Reader<'_> {
         let mut magic = [0; 4];
         let got = self.input.read(&mut magic).map_err(|error| self.unreadable(error))?;
         if got < 4 || &magic != b"GGUF" {
-            let found = if got == 0 { "nothing (it is empty)".to_owned() } else { format!("{:?}", magic[..got].escape_ascii().to_string()) };
+            let found = if got == 0 {
+                "nothing (it is empty)".to_owned()
+            } else {
+                format!("{:?}", magic[..got].escape_ascii().to_string())
+            };
             return Err(GgufError::NotGguf { path: self.path.to_owned(), found });
         }
         self.at = 4;
@@ -262,7 +270,10 @@ impl Reader<'_> {
             if row % block != 0 {
                 return Err(self.damaged(format!("the rows of tensor `{name}` are not a whole number of blocks")));
             }
-            if dimensions == 1 && kind != llama_cpp_sys_2::GGML_TYPE_F32 && (name.ends_with("norm.weight") || name.ends_with(".bias")) {
+            if dimensions == 1
+                && kind != llama_cpp_sys_2::GGML_TYPE_F32
+                && (name.ends_with("norm.weight") || name.ends_with(".bias"))
+            {
                 // llama.cpp multiplies and adds these in 32 bits only, and asserts when it comes to it.
                 return Err(self.damaged(format!("tensor `{name}` is not in 32-bit floats")));
             }

@@ -35,9 +35,9 @@ pub fn sampler(model: &Model, format: &Format) -> Result<Option<LlamaSampler>, E
     }
     let build = || {
         let grammar = source(format)?;
-        LlamaSampler::grammar(model.inner(), &grammar, "root")
-            .map(Some)
-            .map_err(|_| Error::Invalid("the grammar cannot be used: it must parse, begin at `root` and not recurse on the left".into()))
+        LlamaSampler::grammar(model.inner(), &grammar, "root").map(Some).map_err(|_| {
+            Error::Invalid("the grammar cannot be used: it must parse, begin at `root` and not recurse on the left".into())
+        })
     };
     thread::scope(|scope| {
         let worker = thread::Builder::new().name("grammar".into()).stack_size(STACK).spawn_scoped(scope, build);

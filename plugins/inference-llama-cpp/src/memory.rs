@@ -70,7 +70,8 @@ fn gib(bytes: u64) -> String {
 /// # Errors
 /// A context longer than the model was trained on: it would answer, but not sensibly.
 pub fn context(header: &Header, config: &ModelConfig) -> Result<u32, String> {
-    let trained = header.of_architecture("context_length").and_then(|trained| u32::try_from(trained).ok()).unwrap_or(DEFAULT_CONTEXT);
+    let trained =
+        header.of_architecture("context_length").and_then(|trained| u32::try_from(trained).ok()).unwrap_or(DEFAULT_CONTEXT);
     match config.context {
         Some(context) if context > trained => {
             Err(format!("`context` is {context}, but the model was trained on {trained} tokens: configure at most that"))
@@ -258,8 +259,13 @@ mod tests {
 
     #[test]
     fn sizes_read_as_people_write_them() {
-        let misfit =
-            Misfit { needed: 9_771_050_598, free: 8_375_186_227, place: "memory".into(), context: Some(8192), smaller_file: true };
+        let misfit = Misfit {
+            needed: 9_771_050_598,
+            free: 8_375_186_227,
+            place: "memory".into(),
+            context: Some(8192),
+            smaller_file: true,
+        };
         assert_eq!(misfit.to_string(), "needs 9.1 GiB of memory, 7.8 GiB free: try context 8192 or a Q4_K_M file");
     }
 

@@ -134,7 +134,9 @@ impl LlamaCpp {
                         ms = info.load_time.as_millis() as u64, "Loaded a model."
                     );
                 }
-                Err(Error::Abandoned) => tracing::info!(model = %entry.config.id, "Gave up loading a model: nobody waits for it."),
+                Err(Error::Abandoned) => {
+                    tracing::info!(model = %entry.config.id, "Gave up loading a model: nobody waits for it.")
+                }
                 Err(error) => tracing::warn!(model = %entry.config.id, %error, "Could not load a model."),
             }
             loading.outcome.send_replace(Some(outcome));
@@ -211,8 +213,7 @@ impl Inference for LlamaCpp {
     async fn embed(&self, cx: &Cx, request: Embed) -> Result<Embeddings> {
         let engine = self.engine(&request.model)?;
         let waiting = cx.clone();
-        let (vectors, prompt_tokens) =
-            blocking(move || engine.embed(&request.inputs, move || waiting.is_cancelled())).await??;
+        let (vectors, prompt_tokens) = blocking(move || engine.embed(&request.inputs, move || waiting.is_cancelled())).await??;
         Ok(Embeddings { vectors, prompt_tokens })
     }
 

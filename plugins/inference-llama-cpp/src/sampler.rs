@@ -56,8 +56,11 @@ impl Sampler {
         let vocabulary = model.vocabulary() as i32;
         let mut adjust = Vec::new();
         if !sampling.logit_bias.is_empty() {
-            let biases: Vec<_> =
-                sampling.logit_bias.iter().map(|(&token, &bias)| LlamaLogitBias::new(LlamaToken::new(token as i32), bias)).collect();
+            let biases: Vec<_> = sampling
+                .logit_bias
+                .iter()
+                .map(|(&token, &bias)| LlamaLogitBias::new(LlamaToken::new(token as i32), bias))
+                .collect();
             adjust.push(LlamaSampler::logit_bias(vocabulary, &biases));
         }
         let penalises = sampling.repeat_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0;

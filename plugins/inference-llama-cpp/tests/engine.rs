@@ -131,7 +131,11 @@ fn question(text: &str) -> Generation {
 }
 
 fn story() -> Generation {
-    Generation { max_tokens: Some(400), sampling: Sampling { seed: Some(5), ..Sampling::default() }, ..question("Tell me a story.") }
+    Generation {
+        max_tokens: Some(400),
+        sampling: Sampling { seed: Some(5), ..Sampling::default() },
+        ..question("Tell me a story.")
+    }
 }
 
 fn start(engine: &Engine, generation: &Generation) -> Result<Reader, Error> {
@@ -184,8 +188,10 @@ fn threads_are_chosen_by_timing() {
 fn four_generations_run_together_and_a_fifth_is_told_to_wait() {
     let engine = engine();
     let questions = [("France", "Paris"), ("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Peru", "Lima")];
-    let readers: Vec<_> =
-        questions.iter().map(|(country, _)| start(&engine, &question(&format!("What is the capital of {country}?"))).unwrap()).collect();
+    let readers: Vec<_> = questions
+        .iter()
+        .map(|(country, _)| start(&engine, &question(&format!("What is the capital of {country}?"))).unwrap())
+        .collect();
     for (reader, (_, capital)) in readers.into_iter().zip(questions) {
         let answer = reader.answer().unwrap();
         assert!(answer.text.contains(capital), "{}", answer.text);
@@ -244,7 +250,8 @@ fn a_slow_reader_stands_still_and_nobody_else_does() {
 fn the_same_seed_gives_the_same_answer() {
     let engine = engine();
     let sampled = |seed: u32| {
-        let sampling = Sampling { temperature: 1.5, top_p: 0.95, top_k: 100, min_p: 0.01, seed: Some(seed), ..Sampling::default() };
+        let sampling =
+            Sampling { temperature: 1.5, top_p: 0.95, top_k: 100, min_p: 0.01, seed: Some(seed), ..Sampling::default() };
         ask(&engine, &Generation { sampling, max_tokens: Some(60), ..question("Tell me a story about a fox.") }).text
     };
     let first = sampled(1);
@@ -263,7 +270,14 @@ fn a_json_schema_is_kept_to() {
     let schema = r#"{"type": "object", "properties": {"country": {"type": "string"}, "capital": {"type": "string"}},
                      "required": ["country", "capital"], "additionalProperties": false}"#;
     let format = Format::JsonSchema(schema.into());
-    let answer = ask(&engine, &Generation { format: format.clone(), max_tokens: Some(100), ..question("What is the capital of France? Answer in JSON.") });
+    let answer = ask(
+        &engine,
+        &Generation {
+            format: format.clone(),
+            max_tokens: Some(100),
+            ..question("What is the capital of France? Answer in JSON.")
+        },
+    );
     let value: serde_json::Value = serde_json::from_str(&answer.text).expect(&answer.text);
     assert_eq!(value["capital"], "Paris");
     // Also when nothing else speaks for it: hot, and asked for something else.
@@ -282,7 +296,8 @@ fn any_json_and_gbnf_are_kept_to() {
     let engine = engine();
     for seed in 0..5 {
         let sampling = Sampling { seed: Some(seed), ..Sampling::default() };
-        let answer = ask(&engine, &Generation { format: Format::Json, sampling, max_tokens: Some(200), ..question("Count to three.") });
+        let answer =
+            ask(&engine, &Generation { format: Format::Json, sampling, max_tokens: Some(200), ..question("Count to three.") });
         if answer.done.finish == Finish::Stop {
             serde_json::from_str::<serde_json::Value>(&answer.text).expect(&answer.text);
         }
@@ -319,11 +334,16 @@ fn a_prefix_is_reused_within_one_salt_only() {
 #[test]
 fn a_cached_prompt_gives_the_same_answer() {
     let engine = engine();
-    let generation = Generation { max_tokens: Some(40), logprobs: Some(0), ..question(&format!("{} Tell me a story.", "Birds sing. ".repeat(60))) };
+    let generation = Generation {
+        max_tokens: Some(40),
+        logprobs: Some(0),
+        ..question(&format!("{} Tell me a story.", "Birds sing. ".repeat(60)))
+    };
     let first = ask(&engine, &generation);
     let second = ask(&engine, &generation);
     assert!(second.done.usage.cached_tokens > 0);
-    let numbers = |answer: &Answer| answer.pieces.iter().flat_map(|piece| &piece.logprobs).map(|l| l.logprob.to_bits()).collect::<Vec<_>>();
+    let numbers =
+        |answer: &Answer| answer.pieces.iter().flat_map(|piece| &piece.logprobs).map(|l| l.logprob.to_bits()).collect::<Vec<_>>();
     assert_eq!(numbers(&first), numbers(&second));
 }
 
@@ -347,7 +367,13 @@ fn a_prompt_beyond_the_context_is_too_long() {
     assert!(matches!(start(&engine, &wide), Err(Error::TooLong { answer: 299, .. })));
     // A context that is filled to the last token ends the answer.
     let tokens = vec![300; 290];
-    let answer = ask(&engine, &Generation { sampling: Sampling { seed: Some(1), temperature: 5.0, ..Sampling::default() }, ..request(Input::Tokens(tokens)) });
+    let answer = ask(
+        &engine,
+        &Generation {
+            sampling: Sampling { seed: Some(1), temperature: 5.0, ..Sampling::default() },
+            ..request(Input::Tokens(tokens))
+        },
+    );
     assert!(answer.done.usage.completion_tokens <= 10, "{:?}", answer.done);
 }
 
@@ -388,7 +414,13 @@ fn every_sampling_value_runs() {
         Sampling { top_k: u32::MAX, ..plain.clone() },
         Sampling { temperature: 5.0, ..plain.clone() },
         Sampling { temperature: 1e-30, ..plain.clone() },
-        Sampling { repeat_penalty: 1.3, repeat_last_n: u32::MAX, frequency_penalty: 1.0, presence_penalty: -1.0, ..plain.clone() },
+        Sampling {
+            repeat_penalty: 1.3,
+            repeat_last_n: u32::MAX,
+            frequency_penalty: 1.0,
+            presence_penalty: -1.0,
+            ..plain.clone()
+        },
         Sampling { temperature: 0.0, repeat_penalty: 1.3, ..plain.clone() },
     ];
     for sampling in values {
@@ -411,7 +443,11 @@ fn log_probabilities_come_with_their_tokens() {
     assert_eq!(String::from_utf8(bytes).unwrap(), answer.text);
     for logprob in logprobs {
         assert_eq!(logprob.top.len(), 3);
-        assert_eq!((logprob.top[0].token, logprob.top[0].logprob), (logprob.token, logprob.logprob), "greedy takes the likeliest");
+        assert_eq!(
+            (logprob.top[0].token, logprob.top[0].logprob),
+            (logprob.token, logprob.logprob),
+            "greedy takes the likeliest"
+        );
         assert!(logprob.logprob <= 0.0);
     }
 }
@@ -419,7 +455,9 @@ fn log_probabilities_come_with_their_tokens() {
 #[test]
 fn texts_are_embedded_rendered_and_tokenised() {
     let engine = engine();
-    let inputs: Vec<_> = ["The capital of France is Paris.", "The capital of France is Paris!", "8 x 7 = 56."].map(|text| Input::Text(text.into())).into();
+    let inputs: Vec<_> = ["The capital of France is Paris.", "The capital of France is Paris!", "8 x 7 = 56."]
+        .map(|text| Input::Text(text.into()))
+        .into();
     let (vectors, tokens) = engine.embed(&inputs, || false).unwrap();
     assert!(tokens > 10 && vectors.iter().all(|vector| vector.len() == 256));
     let product = |a: usize, b: usize| vectors[a].iter().zip(&vectors[b]).map(|(x, y)| x * y).sum::<f32>();
@@ -480,7 +518,8 @@ fn files_that_are_no_models_end_in_errors() {
     assert!(cut.contains(&format!("{} bytes expected, {} found", whole.len(), whole.len() - 100)), "{cut}");
     // A header that reads well and names an architecture that llama.cpp does not know: its own words come through.
     let mut odd = whole.clone();
-    let places: Vec<usize> = odd.windows(6).enumerate().filter(|(_, window)| window == b"llama.").map(|(place, _)| place).collect();
+    let places: Vec<usize> =
+        odd.windows(6).enumerate().filter(|(_, window)| window == b"llama.").map(|(place, _)| place).collect();
     let value = odd.windows(5).position(|window| window == b"llama").unwrap();
     for place in places.into_iter().chain([value]) {
         odd[place..place + 5].copy_from_slice(b"lxxma");
@@ -497,7 +536,10 @@ fn nothing_is_left_running() {
     // Threads are named after their model, and no other test uses this name. Those of OpenMP inherit it.
     let count = || {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
-        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).filter(|name| name.contains("leftover")).count()
+        tasks
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+            .filter(|name| name.contains("leftover"))
+            .count()
     };
     let engine = Engine::load(&ModelConfig { id: "leftover".into(), threads: Some(2), ..config() }, |_| true).unwrap();
     ask(&engine, &question("What is 3 + 4?"));

@@ -55,7 +55,7 @@ fn needs(needed: Needed) -> String {
 }
 
 fn available(free: Option<u64>) -> String {
-    free.map_or("an unknown amount is free".into(), |free| format!("{} is free", bytes(free)))
+    free.map_or("an unknown amount free".into(), |free| format!("{} free", bytes(free)))
 }
 
 /// A size for people: exact below 1 KiB, else in the largest unit that keeps it at 1 or more.
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(error.code, Code::Full);
         assert_eq!(
             error.message,
-            "the disk is full: the blob needs 3.0 MiB, 1.2 KiB is free in /blobs: free some space, or set `dir` to a larger disk"
+            "the disk is full: the blob needs 3.0 MiB, 1.2 KiB free in /blobs: free some space, or set `dir` to a larger disk"
         );
         let full = StoreError::QuotaFull { needed: Needed::AtLeast(10), used: 95, max_bytes: 100 };
         assert_eq!(

@@ -310,7 +310,7 @@ fn a_wrong_configuration_ends_with_code_3_and_names_file_line_and_key() {
     let place = Place::new("");
     for (text, code, words) in [
         ("[gateway]\nlisen = '127.0.0.1:0'\n", "C102", "plugins.toml:2:1"),
-        ("[gateway]\nlisen = '127.0.0.1:0'\n", "C102", "gateway.listen"),
+        ("[gateway]\nlisen = '127.0.0.1:0'\n", "C102", "write `listen` instead of `lisen`"),
         ("[gateway\n", "C101", "plugins.toml:1"),
         ("[gateway]\nmax_body = 'much'\n", "C10", "gateway.max_body"),
         ("[[plugin]]\nid = 'a'\nuse = 'x'\n[[plugin]]\nid = 'a'\nuse = 'y'\n", "C106", "`a`"),

@@ -13,7 +13,7 @@ use crate::loader::{LoadError, Loader, inspect};
 
 pub fn list(config: &Config, json: bool) -> Result<(), Failure> {
     let loader = Loader::new(config);
-    let used: Vec<(&PluginEntry, Result<(PathBuf, Manifest), LoadError>)> = config
+    let used: Vec<(&PluginEntry, Found)> = config
         .plugin
         .iter()
         .map(|entry| {
@@ -52,7 +52,10 @@ pub fn list(config: &Config, json: bool) -> Result<(), Failure> {
     Ok(print(false, &Value::Null, text)?)
 }
 
-fn row(entry: &PluginEntry, found: &Result<(PathBuf, Manifest), LoadError>) -> [String; 7] {
+/// The file of an entry and what it says of itself, or why there is none.
+type Found = Result<(PathBuf, Manifest), LoadError>;
+
+fn row(entry: &PluginEntry, found: &Found) -> [String; 7] {
     let (version, kind, what) = match found {
         Ok((_, manifest)) => (manifest.version.clone(), kinds(manifest), manifest.description.clone()),
         Err(error) => ("-".into(), "-".into(), format!("{}: {}", error.code, error.message)),
@@ -70,7 +73,7 @@ fn kinds(manifest: &Manifest) -> String {
     manifest.provides.iter().map(|provided| provided.kind.as_str()).collect::<Vec<_>>().join(", ")
 }
 
-fn entry_json(entry: &PluginEntry, found: &Result<(PathBuf, Manifest), LoadError>) -> Value {
+fn entry_json(entry: &PluginEntry, found: &Found) -> Value {
     let mut value = json!({
         "id": entry.id, "use": entry.use_, "enabled": entry.enabled, "isolation": entry.isolation, "rank": entry.rank,
         "at": entry.origin.to_string(),

@@ -83,8 +83,9 @@ impl Context {
         let (raw, heard) = native_log::listen(|| unsafe { sys::llama_init_from_model(model.raw(), params) });
         let raw = NonNull::new(raw).ok_or_else(|| Error::Failed(heard.reason()))?;
         // SAFETY: `raw` is live.
-        let (per_sequence, batch, memory) =
-            unsafe { (sys::llama_n_ctx_seq(raw.as_ptr()), sys::llama_n_batch(raw.as_ptr()), sys::llama_get_memory(raw.as_ptr())) };
+        let (per_sequence, batch, memory) = unsafe {
+            (sys::llama_n_ctx_seq(raw.as_ptr()), sys::llama_n_batch(raw.as_ptr()), sys::llama_get_memory(raw.as_ptr()))
+        };
         let context = Self { raw, model, stop, context: per_sequence.min(shape.context), batch, threads: 1 };
         if memory.is_null() {
             return Err(Error::Failed("this kind of model has no cache, so it cannot continue text".into()));

@@ -120,7 +120,13 @@ fn serve(context: &mut Context, pooling: Pooling, queue: &Receiver<Job>, stop: &
     }
 }
 
-fn embed(context: &mut Context, batch: &mut Batch, text: &[i32], pooling: Pooling, gone: &dyn Fn() -> bool) -> Result<Vec<f32>, Error> {
+fn embed(
+    context: &mut Context,
+    batch: &mut Batch,
+    text: &[i32],
+    pooling: Pooling,
+    gone: &dyn Fn() -> bool,
+) -> Result<Vec<f32>, Error> {
     context.truncate(0, 0);
     let mut pooled: Vec<f32> = Vec::new();
     for (number, chunk) in text.chunks(CHUNK).enumerate() {

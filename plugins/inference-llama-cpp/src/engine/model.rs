@@ -72,10 +72,14 @@ impl Model {
             return Err(failed("it has no tokenizer".into()));
         }
         if encodes || !decodes || header.flag(&format!("{}.attention.causal", header.architecture())) == Some(false) {
-            return Err(failed(format!("`{}` models do not continue text, which is all that this plugin does", header.architecture())));
+            return Err(failed(format!(
+                "`{}` models do not continue text, which is all that this plugin does",
+                header.architecture()
+            )));
         }
         let vocabulary = u32::try_from(inner.n_vocab()).unwrap_or(0);
-        let mut model = Self { inner, vocabulary, bos: None, eos: None, template: None, window: u32::try_from(window).unwrap_or(0) };
+        let mut model =
+            Self { inner, vocabulary, bos: None, eos: None, template: None, window: u32::try_from(window).unwrap_or(0) };
         model.bos = model.special(model.vocab().bos());
         model.eos = model.special(model.vocab().eos());
         let text = |token: Option<i32>| token.map(|token| model.special_text(token)).unwrap_or_default();

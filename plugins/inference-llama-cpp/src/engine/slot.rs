@@ -88,8 +88,9 @@ impl Slot {
 /// The free slot that suits a request best: the one that holds most of its prompt, or else the one unused for longest.
 pub fn best(slots: &[Slot], request: &Request, chunk: usize) -> Option<usize> {
     let free = || slots.iter().enumerate().filter(|(_, slot)| slot.generation.is_none());
-    let (place, common) =
-        free().map(|(place, slot)| (place, slot.reusable(request, chunk))).max_by_key(|&(place, common)| (common, usize::MAX - place))?;
+    let (place, common) = free()
+        .map(|(place, slot)| (place, slot.reusable(request, chunk)))
+        .max_by_key(|&(place, common)| (common, usize::MAX - place))?;
     if common > 0 && common * WORTHWHILE_SHARE >= request.prompt.len() {
         return Some(place);
     }
