@@ -1,0 +1,62 @@
+# Each target installs what it needs and then does its work; `make help` lists them.
+#
+# Debian and Ubuntu packages come through apt, as root or with sudo. Rust comes from https://rustup.rs and must be there already.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+BIN := $(TARGET)/release
+PLUGINS := inference-echo inference-llama-cpp storage-disk
+# GPU backends for llama.cpp, built in: make run FEATURES=cuda
+FEATURES ?=
+comma := ,
+LLAMA_FEATURES := $(if $(FEATURES),--features $(subst $(comma),$(comma)inference-llama-cpp/,inference-llama-cpp/$(FEATURES)))
+
+.PHONY: help run build test bench clients check-rust build-packages test-packages nextest
+
+help: ## Lists the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+run: build ## Builds the node and starts it with plugins.toml.
+	@echo
+	@echo 'Talk to it from another terminal:'
+	@echo '  $(BIN)/fabstir-node chat'
+	@echo '  $(BIN)/fabstir-node chat "What is the capital of France?"'
+	@echo '  any OpenAI client, with the base URL that follows and /v1'
+	@echo
+	@exec $(BIN)/fabstir-node run
+
+build: check-rust build-packages ## Builds the node and the plugins, and locks the plugins' hashes.
+	$(CARGO) build --release --package fabstir-host $(PLUGINS:%=--package %) $(LLAMA_FEATURES)
+	@$(BIN)/fabstir-node plugin lock $(foreach plugin,$(PLUGINS),$(BIN)/lib$(subst -,_,$(plugin)).so)
+
+test: build test-packages nextest clients ## Runs every test, against the built node and real plugins.
+	$(CARGO) build --release --package inference-faulty
+	$(CARGO) nextest run --cargo-profile release --workspace
+	$(CARGO) test --release --doc --package fabstir-plugin-api
+
+bench: build ## Measures the plugin boundary and the speed of answers, beside their floors.
+	$(CARGO) bench --package fabstir-benches
+
+clients: test-packages ## Installs OpenAI's Python and Node clients for the tests.
+	tests/clients/setup.sh
+
+check-rust:
+	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust 1.90 or newer from https://rustup.rs'; exit 1; }
+
+nextest: check-rust
+	@$(CARGO) nextest --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-nextest
+
+# $(call install,COMMAND THAT SUCCEEDS IF ALL IS THERE,PACKAGES)
+define install
+	@$(1) >/dev/null 2>&1 || { \
+	  command -v apt-get >/dev/null || { echo 'please install: $(2)'; exit 1; }; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $(2); }
+endef
+
+build-packages:
+	$(call install,cc --version && c++ --version && cmake --version && ls /usr/lib/llvm-*/lib/libclang.so*,build-essential cmake libclang-dev pkg-config)
+
+test-packages:
+	$(call install,python3 -m venv -h && python3 -c 'import ensurepip' && node --version && npm --version && openssl version,python3-venv nodejs npm openssl)
