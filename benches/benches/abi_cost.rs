@@ -147,10 +147,10 @@ async fn cancels(config: serde_json::Value, rounds: usize) -> [f64; 2] {
 
 async fn table() {
     let subjects = subjects().await;
-    let alone = null_calls(&subjects, 5_000, 1, 9).await;
+    let alone = null_calls(&subjects, 10_000, 1, 9).await;
     bar("in process / floor, one at a time", alone.ratio(2), 1.5, true);
     bar("worker, one at a time, us", alone.median(3), 60.0, true);
-    let many = null_calls(&subjects, 64_000, 32, 9).await;
+    let many = null_calls(&subjects, 320_000, 32, 9).await;
     bar("in process / floor, 32 in flight", many.ratio(2), 1.5, true);
     let streams = streams(&subjects, 7).await;
     bar("in process, k items/s", streams.median(1), 500.0, false);
@@ -184,8 +184,45 @@ fn measure(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// One candidate's calls for a while, with nothing beside them: for a profiler.
+async fn profile(name: &str) {
+    let subjects = subjects().await;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(8) {
+        let time = match subjects.plugged.iter().find(|(candidate, _)| *candidate == name) {
+            None => {
+                let pairs = |calls| {
+                    let mut pair = subjects.floor.pair();
+                    async move {
+                        for _ in 0..calls {
+                            pair.ping().await;
+                        }
+                    }
+                };
+                time_calls(500_000, 32, pairs).await
+            }
+            Some((_, plugged)) => {
+                let callers = |calls| {
+                    let plugin = plugged.plugin.clone();
+                    async move {
+                        for _ in 0..calls {
+                            plugin.health(&cx()).await.expect("answers");
+                        }
+                    }
+                };
+                time_calls(500_000, 32, callers).await
+            }
+        };
+        println!("{name}: {time:?} a call");
+    }
+}
+
 fn main() {
     become_worker_if_asked();
+    if let Some(name) = std::env::args().find_map(|argument| argument.strip_prefix("--profile=").map(str::to_owned)) {
+        let name: &'static str = name.leak();
+        return runtime().block_on(async { tokio::spawn(profile(name)).await.expect("no panic") });
+    }
     runtime().block_on(async { tokio::spawn(table()).await.expect("no panic") });
     if !std::env::args().any(|argument| argument == "--table") {
         let mut criterion = Criterion::default().configure_from_args();

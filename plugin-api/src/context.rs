@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::Notify;
 
 use crate::stream::{Sender, Stream};
 
@@ -18,7 +19,13 @@ pub struct Cx {
     deadline: Option<Instant>,
     traceparent: Option<Arc<str>>,
     /// On the serving side: set when the caller gives up.
-    cancel: Option<CancellationToken>,
+    cancel: Option<Arc<Cancel>>,
+}
+
+#[derive(Debug, Default)]
+struct Cancel {
+    is_set: AtomicBool,
+    set: Notify,
 }
 
 impl Cx {
@@ -60,25 +67,28 @@ impl Cx {
 
     /// Whether the caller has given up or the deadline has passed.
     pub fn is_cancelled(&self) -> bool {
-        self.cancel.as_ref().is_some_and(CancellationToken::is_cancelled)
+        self.cancel.as_ref().is_some_and(|cancel| cancel.is_set.load(Ordering::Acquire))
     }
 
     /// Waits until the caller gives up or the deadline passes. Threads may poll `is_cancelled` instead.
     pub async fn cancelled(&self) {
-        match &self.cancel {
-            Some(cancel) => cancel.cancelled().await,
-            None => std::future::pending().await,
+        let Some(cancel) = &self.cancel else { return std::future::pending().await };
+        // Made before the flag is read: a notice between the two is not lost.
+        let set = cancel.set.notified();
+        if !cancel.is_set.load(Ordering::Acquire) {
+            set.await;
         }
     }
 
     /// The context of a call that can be cancelled.
     pub(crate) fn serving() -> Self {
-        Self { cancel: Some(CancellationToken::new()), ..Self::default() }
+        Self { cancel: Some(Arc::default()), ..Self::default() }
     }
 
     pub(crate) fn cancel(&self) {
         if let Some(cancel) = &self.cancel {
-            cancel.cancel();
+            cancel.is_set.store(true, Ordering::Release);
+            cancel.set.notify_waiters();
         }
     }
 

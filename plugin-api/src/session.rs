@@ -37,7 +37,7 @@ pub use serving::{Incoming, Outcome, ServeFuture};
 pub use streams::RemoteStream;
 
 use outgoing::Outgoing;
-use serving::Serving;
+use serving::{Server, Serving};
 
 /// Items that may be under way in one stream before the consumer has read any.
 pub(crate) const WINDOW: u32 = 256;
@@ -96,6 +96,8 @@ struct Inner {
     serving: Mutex<HashMap<u64, Serving, IdHash>>,
     serve: Arc<dyn Serve>,
     runtime: Handle,
+    /// Tasks that wait for a call to serve.
+    idle: Mutex<Vec<Arc<Server>>>,
     /// Whether the task that watches deadlines has been started.
     sweeping: AtomicBool,
 }
@@ -113,6 +115,7 @@ impl Session {
             serving: Mutex::default(),
             serve,
             runtime,
+            idle: Mutex::default(),
             sweeping: AtomicBool::new(false),
         }))
     }
@@ -197,6 +200,7 @@ impl Inner {
         for served in self.serving.lock().values() {
             served.cancel();
         }
+        self.dismiss_servers();
         self.serve.closed(reason);
     }
 

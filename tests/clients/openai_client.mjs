@@ -1,7 +1,7 @@
 // Talks to a node through OpenAI's client for Node, as its users do. Argument: the node's address.
 
 import assert from "node:assert/strict";
-import { createRequire } from "node:module";
+import { readFileSync } from "node:fs";
 import OpenAI from "openai";
 
 const url = process.argv[2];
@@ -81,5 +81,5 @@ for (const error of refused) {
 }
 assert.deepEqual((await crowd(8)).filter((answer) => answer.status === "rejected"), []);
 
-const version = createRequire(import.meta.url)("openai/package.json").version;
+const { version } = JSON.parse(readFileSync(new URL("node_modules/openai/package.json", import.meta.url)));
 console.log(`openai ${version} for Node: good`);

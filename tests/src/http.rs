@@ -5,7 +5,7 @@ use std::time::Instant;
 use reqwest::{Response, StatusCode};
 use serde_json::{Value, json};
 
-use crate::Node;
+use crate::{LIMIT, Node, eventually};
 
 /// A whole answer.
 #[derive(Debug, Clone)]
@@ -182,6 +182,17 @@ impl Node {
         let reply = self.chat(&chat(model, prompt)).await;
         assert_eq!(reply.status, 200, "{reply:#?}");
         reply.content().to_owned()
+    }
+
+    /// Asks again and again for as long as the model is only loading.
+    pub async fn ask_patiently(&self, model: &str, prompt: &str) -> String {
+        let body = chat(model, prompt);
+        eventually(&format!("{model} answers"), LIMIT, async || {
+            let reply = self.chat(&body).await;
+            assert!(matches!(reply.status, 200 | 503), "{reply:#?}");
+            (reply.status == 200).then(|| reply.content().to_owned())
+        })
+        .await
     }
 
     /// Begins a streamed chat; the refusal if it does not begin.

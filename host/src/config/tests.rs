@@ -216,7 +216,8 @@ fn flags_win_over_the_environment_and_the_environment_over_the_file() {
 
 #[test]
 fn plugins_are_overridden_by_id_and_keep_their_order() {
-    let text = "[[plugin]]\nid = \"z-1\"\nuse = \"x\"\nconfig = { deep = { threads = 4, list = [1, 2.5, \"a\"] } }\n[[plugin]]\nid = \"a\"\nuse = \"y\"\n";
+    let text = "[[plugin]]\nid = \"z-1\"\nuse = \"x\"\nconfig = { deep = { threads = 4, list = [1, 2.5, \"a\"] } }\n\
+                [[plugin]]\nid = \"a\"\nuse = \"y\"\n";
     let (_dir, mut sources) = sources(text);
     sources.environment = vec![("FABSTIR_PLUGIN__Z_1__ENABLED".into(), "false".into())];
     sources.flags = vec![
@@ -371,10 +372,10 @@ fn the_reference_page_is_up_to_date() {
     let mut page = String::from(
         "# Configuration\n\nOne file, `plugins.toml`: the one that `--config` names, else the one in the current folder, else \
          `$XDG_CONFIG_HOME/fabstir-node/plugins.toml`.\nLater sources win: defaults, the file, environment variables, flags. \
-         `fabstir-node config show` prints every value with its source.\n\nThe variable of a key is `FABSTIR_`, the section, `__` and the key, \
-         in capitals: `FABSTIR_GATEWAY__LISTEN`.\nFor a plugin its id stands between, with `_` for `-`: `FABSTIR_PLUGIN__LLAMA__RANK`. The flag is \
-         `--set gateway.listen=127.0.0.1:0` or `--set plugin.llama.rank=5`.\n\nThis page is made from the doc comments in `host/src/config.rs`; \
-         `UPDATE_GOLDEN=1 cargo test` writes it anew.\n",
+         `fabstir-node config show` prints every value with its source.\n\nThe variable of a key is `FABSTIR_`, the section, `__` and \
+         the key, in capitals: `FABSTIR_GATEWAY__LISTEN`.\nFor a plugin its id stands between, with `_` for `-`: \
+         `FABSTIR_PLUGIN__LLAMA__RANK`. The flag is `--set gateway.listen=127.0.0.1:0` or `--set plugin.llama.rank=5`.\n\n\
+         This page is made from the doc comments in `host/src/config.rs`; `UPDATE_GOLDEN=1 cargo test` writes it anew.\n",
     );
     let mut table = None;
     for_each_key(Schema::root(), String::new(), &mut |key, schema| {

@@ -324,7 +324,8 @@ mod tests {
             let body = format!(r#"{{"model": "m", "messages": [{{"role": "user", "content": "x"}}], {setting}}}"#);
             parse(body.as_bytes(), None).expect("good").1
         };
-        let schema = r#""response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema": {"b": 1, "a": 2}}}"#;
+        let schema = r#""response_format": {"type": "json_schema",
+            "json_schema": {"name": "n", "strict": true, "schema": {"b": 1, "a": 2}}}"#;
         assert_eq!(parsed(schema).format, Format::JsonSchema(r#"{"b": 1, "a": 2}"#.into()));
         assert_eq!(parsed(r#""response_format": {"type": "json_object"}"#).format, Format::Json);
         assert_eq!(parsed(r#""grammar": "root ::= \"a\"""#).format, Format::Gbnf(r#"root ::= "a""#.into()));

@@ -164,8 +164,8 @@ mod tests {
     #[test]
     fn families_of_several_plugins_become_one_text() {
         let host = "# HELP up Whether.\n# TYPE up gauge\nup 1\n# EOF\n";
-        let llama = "# HELP tokens Tokens.\n# TYPE tokens counter\n# UNIT tokens tokens\ntokens_total{kind=\"a\"} 5\ntokens_total{} 6\n\
-            # TYPE up gauge\nup 3\n# EOF\n";
+        let llama = "# HELP tokens Tokens.\n# TYPE tokens counter\n# UNIT tokens tokens\n\
+            tokens_total{kind=\"a\"} 5\ntokens_total{} 6\n# TYPE up gauge\nup 3\n# EOF\n";
         let echo = "# TYPE tokens counter\n# HELP tokens Others.\ntokens_total{plugin=\"x\"} 7\n# EOF\n";
         let mut families = Families::default();
         families.add(host, None);

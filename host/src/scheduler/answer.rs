@@ -32,6 +32,7 @@ pub struct Answer {
     deadline: Pin<Box<Sleep>>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "an answer streams for nearly all of its life, and there are few of them")]
 enum Phase {
     Streaming(Run),
     Retrying(BoxFuture<'static, Result<Run, Refused>>),

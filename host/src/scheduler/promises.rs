@@ -2,9 +2,10 @@
 //!
 //! A `Retry-After` that only names the mean wait sends everyone back at once, into the next refusal. So each refusal is a promise
 //! with a place of its own: the refused stand in an invisible line behind the queue, each told when its turn comes, and a
-//! newcomer is let in only if every promise can still be kept. A client is known by its request: who sends the same body again is
-//! the one that came back. Clients that send the very same body are one client to it: among them, a newcomer may take the place of
-//! one that was promised it.
+//! newcomer is let in only if every promise can still be kept.
+//!
+//! A client is known by its request: who sends the same body again is the one that came back. Clients that send the very same body
+//! are one client to it: among them, a newcomer may take the place of one that was promised it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

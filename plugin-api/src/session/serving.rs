@@ -3,6 +3,9 @@
 use super::outgoing::late;
 use super::streams::{Inflow, ItemSource, Items, pump};
 use std::ops::Range;
+use std::sync::Weak;
+
+use tokio::sync::Notify;
 
 use super::*;
 
@@ -139,8 +142,28 @@ impl Inner {
         }
         let served = Served { inner: self.clone(), id: head.id };
         let call = Incoming { inner: self.clone(), id: head.id, cx, method: head.method, arguments: Reader::new(received, head.body) };
-        self.runtime.spawn(run(served, call, credit));
+        self.hand_over(Job { served, call, credit });
         Ok(())
+    }
+
+    /// Gives a call to a task that has nothing to do, or to a new one. Tasks are kept because starting one costs more than a whole
+    /// null call.
+    fn hand_over(self: &Arc<Self>, job: Job) {
+        let idle = self.idle.lock().pop();
+        match idle {
+            Some(server) => {
+                *server.job.lock() = Some(job);
+                server.called.notify_one();
+            }
+            None => drop(self.runtime.spawn(serve_calls(Arc::downgrade(self), job))),
+        }
+    }
+
+    /// Ends the tasks that have nothing to do.
+    pub(super) fn dismiss_servers(&self) {
+        for server in self.idle.lock().drain(..) {
+            server.called.notify_one();
+        }
     }
 
     fn refuse(&self, id: u64, error: PluginError) {
@@ -149,7 +172,44 @@ impl Inner {
     }
 }
 
-async fn run(served: Served, call: Incoming, credit: Option<Arc<Semaphore>>) {
+/// A call on its way to the task that serves it.
+struct Job {
+    served: Served,
+    call: Incoming,
+    credit: Option<Arc<Semaphore>>,
+}
+
+/// A task that serves one call after the other, seen by those who have calls to serve.
+#[derive(Default)]
+pub(super) struct Server {
+    job: Mutex<Option<Job>>,
+    called: Notify,
+}
+
+/// Tasks that wait for a next call. More end when they have nothing to do.
+const MAX_IDLE: usize = 64;
+
+async fn serve_calls(inner: Weak<Inner>, first: Job) {
+    let own = Arc::<Server>::default();
+    let mut next = Some(first);
+    while let Some(job) = next {
+        run(job).await;
+        {
+            let Some(inner) = inner.upgrade() else { return };
+            let mut idle = inner.idle.lock();
+            // Looked at under the lock, which `dismiss_servers` takes after the flag is set.
+            if idle.len() >= MAX_IDLE || inner.closed.load(Ordering::Acquire) {
+                return;
+            }
+            idle.push(own.clone());
+        }
+        own.called.notified().await;
+        next = own.job.lock().take();
+    }
+}
+
+async fn run(job: Job) {
+    let Job { served, call, credit } = job;
     let (inner, id) = (&served.inner, served.id);
     let cx = call.cx.clone();
     let _admitted = match inner.serve.admit(call.method()) {

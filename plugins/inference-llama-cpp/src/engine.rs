@@ -1,7 +1,7 @@
 //! One loaded model and the thread that generates with it.
 //!
-//! Plain Rust: the engine speaks the data types of the inference interface, so that each has one home, and knows nothing of calls,
-//! streams or the host. A program can use it directly:
+//! Plain Rust: the engine speaks the data types of the inference interface, so that each has one home, and knows nothing of
+//! calls, streams or the host. A program can use it directly:
 //!
 //! ```no_run
 //! # use inference_llama_cpp::{config::ModelConfig, engine::{Engine, Sink}, error::Error};
@@ -163,6 +163,8 @@ pub struct Engine {
     threads: Threads,
     pooling: Result<Pooling, Error>,
     embedder: Mutex<Option<Embedder>>,
+    /// What the embedder's own context takes.
+    embedding_bytes: u64,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -240,7 +242,20 @@ impl Engine {
             prompt_threads: threads.prompt,
         };
         let pooling = Pooling::of(header.of_architecture("pooling_type"));
-        Ok(Self { shared, model, info, threads, pooling, embedder: Mutex::new(None), thread: Mutex::new(Some(thread)) })
+        let embedding = ModelConfig { parallel: 1, prefill_chunk: embed::CHUNK as u32, ..config.clone() };
+        let embedding = memory::estimate(&header, &embedding, context);
+        // Logits for every token of a step, which the estimate counts for one token per sequence.
+        let embedding_bytes = embedding.cache + embedding.compute + embed::CHUNK as u64 * u64::from(model.vocabulary()) * 4;
+        Ok(Self {
+            shared,
+            model,
+            info,
+            threads,
+            pooling,
+            embedder: Mutex::new(None),
+            embedding_bytes,
+            thread: Mutex::new(Some(thread)),
+        })
     }
 
     pub fn info(&self) -> Info {
@@ -289,8 +304,8 @@ impl Engine {
         if special { self.model.tokenize_prompt(text) } else { self.model.tokenize(text, false) }
     }
 
-    /// Turns inputs into vectors of length 1, and says how many tokens they have. Blocks until they are done, until `gone` answers
-    /// `true` or until the engine is closed.
+    /// Turns inputs into vectors of length 1, and says how many tokens they have. Blocks until they are done, until `gone`
+    /// answers `true` or until the engine is closed.
     pub fn embed(&self, inputs: &[Input], gone: impl Fn() -> bool + Send + 'static) -> Result<(Vec<Vec<f32>>, u32), Error> {
         let pooling = self.pooling.clone()?;
         let texts = inputs.iter().map(|input| self.embeddable(input)).collect::<Result<Vec<_>, _>>()?;
@@ -304,6 +319,7 @@ impl Engine {
             let running = match embedder.take() {
                 Some(running) => running,
                 None => {
+                    self.check_embedding_memory()?;
                     let (model, stop) = (self.model.clone(), self.shared.stop.clone());
                     let name = thread_name("embed", &self.shared.id);
                     Embedder::start(name, model, self.info.context, self.threads, pooling, stop)?
@@ -331,6 +347,22 @@ impl Engine {
         if let Some(thread) = thread {
             // A panic on it was caught and logged there.
             let _ = thread.join();
+        }
+    }
+
+    fn check_embedding_memory(&self) -> Result<(), Error> {
+        match memory::free() {
+            Some(free) if free < self.embedding_bytes => {
+                let misfit = Misfit {
+                    needed: self.embedding_bytes,
+                    free,
+                    place: "memory for embeddings".into(),
+                    context: None,
+                    smaller_file: false,
+                };
+                Err(Error::Memory { model: self.shared.id.clone(), misfit })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -474,7 +506,8 @@ fn make_context(
         None => {
             let threads =
                 threads::choose(&mut context, &mut batch).map_err(|_| failed("a first step could not be computed".into()))?;
-            tracing::info!(model = %config.id, threads = threads.decode, prompt_threads = threads.prompt, "Chose threads by timing.");
+            let Threads { decode, prompt } = threads;
+            tracing::info!(model = %config.id, threads = decode, prompt_threads = prompt, "Chose threads by timing.");
             threads
         }
     };

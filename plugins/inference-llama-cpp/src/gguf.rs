@@ -369,8 +369,8 @@ impl Reader<'_> {
         Ok(Value::Array { len })
     }
 
-    /// How many things follow, each of which takes at least `least` bytes: a count that the file cannot hold is an error here, not
-    /// an allocation later.
+    /// How many things follow, each of which takes at least `least` bytes: a count that the file cannot hold is an error here,
+    /// not an allocation later.
     fn count(&mut self, what: &str, least: u64) -> Result<u64, GgufError> {
         let count = self.u64()?;
         if count > (self.len - self.at) / least {
@@ -552,6 +552,15 @@ mod tests {
         // Two words of one letter each, in the vocabulary of single bytes.
         let word = find(b"\x01\0\0\0\0\0\0\0A\x01\0\0\0\0\0\0\0B");
         assert!(refusal(word - 1, b"A").contains("vocabulary"));
+    }
+
+    #[test]
+    fn the_parts_of_a_split_model_are_found_by_name() {
+        let mut header = Header::default();
+        header.values.insert("split.count".into(), Value::Unsigned(3));
+        let parts = header.parts(Path::new("models/big-00001-of-00003.gguf")).unwrap();
+        assert_eq!(parts, ["models/big-00002-of-00003.gguf", "models/big-00003-of-00003.gguf"].map(PathBuf::from));
+        assert!(header.parts(Path::new("models/big-00002-of-00003.gguf")).unwrap_err().to_string().contains("first part"));
     }
 
     #[test]

@@ -13,8 +13,8 @@
 //! sampler, grammar, template, text     how tokens are chosen, what they must look like, what goes in and what comes out
 //! ```
 //!
-//! llama.cpp asserts where other libraries answer, and an assert ends the process. So everything that comes from a request or a file
-//! is checked here first; what slips through is the reason why this plugin runs in a worker process unless told otherwise.
+//! llama.cpp asserts where other libraries answer, and an assert ends the process. So everything that comes from a request or a
+//! file is checked here first; what slips through is the reason why this plugin runs in a worker process unless told otherwise.
 
 pub mod config;
 pub mod engine;

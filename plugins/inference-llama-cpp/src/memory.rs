@@ -159,8 +159,8 @@ pub fn fit(header: &Header, config: &ModelConfig, context: u32, needed: u64, fre
     Err(Misfit { needed, free, place: place.to_owned(), context: fitting, smaller_file })
 }
 
-/// Memory that this process can still take, in bytes: the least of what the machine, the control group and the process's own limit
-/// leave. `None` where the system does not tell.
+/// Memory that this process can still take, in bytes: the least of what the machine, the control group and the process's own
+/// limit leave. `None` where the system does not tell.
 pub fn free() -> Option<u64> {
     [available(), group_room(), own_room()].into_iter().flatten().min()
 }
@@ -208,7 +208,7 @@ fn own_room() -> Option<u64> {
         return None;
     }
     let used = kib(&fs::read_to_string("/proc/self/status").ok()?, "VmSize:")?;
-    Some((limit.rlim_cur as u64).saturating_sub(used))
+    Some(limit.rlim_cur.saturating_sub(used))
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ pub struct LlamaCpp {
 /// A configured model.
 struct Entry {
     config: ModelConfig,
+    /// The file's size when the instance started.
+    bytes: Option<u64>,
     state: Mutex<State>,
 }
 
@@ -37,7 +39,17 @@ struct Loading {
     waiting: AtomicUsize,
     /// Nobody waits any more, or the model is to be unloaded.
     abandoned: AtomicBool,
+    /// The model is to be unloaded: those who wait do not start over.
+    unloaded: AtomicBool,
     outcome: watch::Sender<Option<Result<Arc<Engine>, Error>>>,
+}
+
+impl Loading {
+    /// Stops the load at its next step and sends those away who wait for it.
+    fn unload(&self) {
+        self.unloaded.store(true, Ordering::Release);
+        self.abandoned.store(true, Ordering::Release);
+    }
 }
 
 /// One call that waits for a load. The last one to go takes the load with it.
@@ -85,7 +97,10 @@ impl Entry {
 
 impl LlamaCpp {
     pub(crate) fn new(config: Config, metrics: Metrics) -> Self {
-        let entry = |config| Arc::new(Entry { config, state: Mutex::new(State::Unloaded) });
+        let entry = |config: ModelConfig| {
+            let bytes = fs::metadata(&config.path).ok().map(|metadata| metadata.len());
+            Arc::new(Entry { config, bytes, state: Mutex::new(State::Unloaded) })
+        };
         Self { models: config.models.into_iter().map(entry).collect(), metrics }
     }
 
@@ -109,6 +124,7 @@ impl LlamaCpp {
             percent: AtomicU8::new(0),
             waiting: AtomicUsize::new(0),
             abandoned: AtomicBool::new(false),
+            unloaded: AtomicBool::new(false),
             outcome: watch::Sender::new(None),
         });
         *state = State::Loading(loading.clone());
@@ -120,11 +136,17 @@ impl LlamaCpp {
                 told.percent.store((share * 100.0) as u8, Ordering::Relaxed);
                 !told.abandoned.load(Ordering::Acquire)
             };
-            let outcome = Engine::load_counted(&entry.config, counters, progress);
-            let outcome = if loading.abandoned.load(Ordering::Acquire) { Err(Error::Abandoned) } else { outcome.map(Arc::new) };
-            *entry.state() = match &outcome {
-                Ok(engine) => State::Loaded(engine.clone()),
-                Err(_) => State::Unloaded,
+            let loaded = Engine::load_counted(&entry.config, counters, progress);
+            let outcome = {
+                // `unload` looks for a load and stops it under the same lock, so none slips through between.
+                let mut state = entry.state();
+                let wanted = !loading.abandoned.load(Ordering::Acquire);
+                let outcome = if wanted { loaded.map(Arc::new) } else { Err(Error::Abandoned) };
+                *state = match &outcome {
+                    Ok(engine) => State::Loaded(engine.clone()),
+                    Err(_) => State::Unloaded,
+                };
+                outcome
             };
             match &outcome {
                 Ok(engine) => {
@@ -154,7 +176,7 @@ impl Inference for LlamaCpp {
                 id: entry.config.id.clone(),
                 loaded: engine.is_some(),
                 context: engine.map(|engine| engine.info().context).or(entry.config.context),
-                bytes: fs::metadata(&entry.config.path).ok().map(|metadata| metadata.len()),
+                bytes: entry.bytes,
             }
         };
         Ok(self.models.iter().map(model).collect())
@@ -174,6 +196,9 @@ impl Inference for LlamaCpp {
             };
             match outcome {
                 Some(Ok(engine)) => return Ok(entry.loaded(&engine)),
+                Some(Err(Error::Abandoned)) if waiter.0.unloaded.load(Ordering::Acquire) => {
+                    return Err(Error::Unloaded(model).into());
+                }
                 // Given up by those who waited before us: it is our turn.
                 Some(Err(Error::Abandoned)) => {}
                 Some(Err(error)) => return Err(error.into()),
@@ -188,7 +213,7 @@ impl Inference for LlamaCpp {
             let mut state = entry.state();
             match &*state {
                 State::Loading(loading) => {
-                    loading.abandoned.store(true, Ordering::Release);
+                    loading.unload();
                     return Ok(());
                 }
                 _ => std::mem::replace(&mut *state, State::Unloaded),
@@ -232,20 +257,23 @@ impl Inference for LlamaCpp {
 #[async_trait]
 impl Lifecycle for LlamaCpp {
     async fn health(&self) -> Health {
+        let (mut serves, mut starting) = (false, None);
         for entry in &self.models {
             match &*entry.state() {
                 State::Loading(loading) => {
                     let percent = Some(loading.percent.load(Ordering::Relaxed));
-                    return Health::Starting { doing: format!("loading {}", entry.config.id), percent };
+                    starting = Some(Health::Starting { doing: format!("loading {}", entry.config.id), percent });
                 }
                 State::Loaded(engine) if !engine.is_open() => {
                     let reason = format!("the engine of model `{}` ended by a fault: load it again", entry.config.id);
                     return Health::Degraded { reason };
                 }
-                _ => {}
+                State::Loaded(_) => serves = true,
+                State::Unloaded => {}
             }
         }
-        Health::Ready
+        // An instance that serves one model is ready, also while it loads another.
+        starting.filter(|_| !serves).unwrap_or(Health::Ready)
     }
 
     async fn shutdown(&self) {
@@ -254,7 +282,7 @@ impl Lifecycle for LlamaCpp {
             match before {
                 State::Loaded(engine) => _ = blocking(move || engine.close()).await,
                 State::Loading(loading) => {
-                    loading.abandoned.store(true, Ordering::Release);
+                    loading.unload();
                     let mut outcome = loading.outcome.subscribe();
                     // The load notices at its next step; its own task puts the entry in order.
                     let _ = outcome.wait_for(Option::is_some).await;
@@ -268,4 +296,72 @@ impl Lifecycle for LlamaCpp {
 /// Runs work that computes or waits beside the runtime's few threads.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|error| PluginError::internal(format!("a task of the plugin ended: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn plugin() -> Arc<LlamaCpp> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny-chat/tiny-chat-q8_0.gguf");
+        let config = Config { models: vec![ModelConfig::new("tiny-chat", path), ModelConfig::new("none", "/nowhere.gguf")] };
+        Arc::new(LlamaCpp::new(config, Metrics::default()))
+    }
+
+    fn code<T>(result: Result<T>) -> Code {
+        result.map(|_| ()).expect_err("is refused").code
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn loads_at_the_same_time_are_one_load() {
+        let plugin = plugin();
+        let load = || {
+            let plugin = plugin.clone();
+            tokio::spawn(async move { plugin.load(&Cx::new(), "tiny-chat".into()).await.unwrap() })
+        };
+        let (one, two) = tokio::join!(load(), load());
+        assert_eq!(one.unwrap(), two.unwrap());
+        assert_eq!(plugin.health().await, Health::Ready);
+        let models = plugin.models(&Cx::new()).await.unwrap();
+        assert_eq!((models[0].loaded, models[0].context, models[0].bytes), (true, Some(2048), Some(3_710_080)));
+        assert_eq!((models[1].loaded, models[1].bytes), (false, None));
+        plugin.shutdown().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_abandoned_load_ends_and_the_next_one_succeeds() {
+        let plugin = plugin();
+        let _ = tokio::time::timeout(Duration::from_micros(50), plugin.load(&Cx::new(), "tiny-chat".into())).await;
+        assert!(plugin.load(&Cx::new(), "tiny-chat".into()).await.is_ok());
+        plugin.unload(&Cx::new(), "tiny-chat".into()).await.unwrap();
+        assert!(!plugin.models(&Cx::new()).await.unwrap()[0].loaded);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_unload_sends_those_away_who_wait() {
+        let plugin = plugin();
+        let waiting = {
+            let plugin = plugin.clone();
+            tokio::spawn(async move { plugin.load(&Cx::new(), "tiny-chat".into()).await })
+        };
+        while !matches!(plugin.health().await, Health::Starting { .. }) && !waiting.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        plugin.unload(&Cx::new(), "tiny-chat".into()).await.unwrap();
+        // The load may have been through before the unload; then there is an answer, and nothing stays loaded either.
+        if let Err(error) = waiting.await.unwrap() {
+            assert_eq!(error.code, Code::Unavailable);
+        }
+        assert!(!plugin.models(&Cx::new()).await.unwrap()[0].loaded);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_not_there_is_not_found() {
+        let plugin = plugin();
+        assert_eq!(code(plugin.load(&Cx::new(), "other".into()).await), Code::NotFound);
+        assert_eq!(code(plugin.load(&Cx::new(), "none".into()).await), Code::NotFound);
+        let tokenize = Tokenize { model: "tiny-chat".into(), text: "x".into(), special: false };
+        assert_eq!(code(plugin.tokenize(&Cx::new(), tokenize).await), Code::NotFound);
+    }
 }

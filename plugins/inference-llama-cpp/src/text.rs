@@ -61,7 +61,8 @@ impl TextStream {
         text
     }
 
-    /// Appends the whole characters of `partial` and `bytes` to `held`; bytes that can never become a character are shown as U+FFFD.
+    /// Appends the whole characters of `partial` and `bytes` to `held`; bytes that can never become a character are shown as
+    /// U+FFFD.
     fn decode(&mut self, bytes: &[u8]) {
         let joined;
         let mut rest = if self.partial.is_empty() {

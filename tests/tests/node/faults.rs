@@ -57,7 +57,7 @@ async fn an_abort_ends_what_had_begun_and_nothing_else() {
     };
     let ready = async {
         let (told, broke) = breaking.await;
-        assert_eq!(node.ask("faulty", "and again").await, "and again");
+        assert_eq!(node.ask_patiently("faulty", "and again").await, "and again");
         (told, broke.elapsed())
     };
     let (a, b, (told, back)) = tokio::join!(silent("!wait:600 first"), silent("!wait:900 second one"), ready);
@@ -97,7 +97,7 @@ async fn a_request_that_always_kills_is_given_up_after_its_retries() {
     let reply = node.chat(&chat("faulty", "!abort")).await;
     assert_eq!(reply.status, 503, "{reply:#?}");
     assert!(reply.retry_after >= Some(1), "{reply:#?}");
-    assert_eq!(node.ask("faulty", "the next one").await, "the next one");
+    assert_eq!(node.ask_patiently("faulty", "the next one").await, "the next one");
     other.await.expect("the other plugin's stream is whole");
 }
 
@@ -106,7 +106,7 @@ async fn a_hung_plugin_is_replaced() {
     let node = both(&faulty("", "")).await;
     let worker = node.worker("inference-faulty", None).await;
     let began = Instant::now();
-    let told = node.stream(chat("faulty", "one !hang two")).await.rest();
+    let told = node.stream(chat("faulty", "one !wait:200 !hang two")).await.rest();
     let asking = async {
         eventually("the worker was replaced", 2 * LIMIT, async || {
             assert_eq!(node.ask("echo", "meanwhile").await, "meanwhile");
@@ -116,7 +116,7 @@ async fn a_hung_plugin_is_replaced() {
     };
     let (told, ()) = tokio::join!(told, asking);
     broke_off(&told, "one ");
-    assert_eq!(node.ask("faulty", "works").await, "works");
+    assert_eq!(node.ask_patiently("faulty", "works").await, "works");
     println!("a plugin whose threads were all blocked served again after {:?}", began.elapsed());
     node.logged(&["it did not answer 3 heartbeats"]).await;
 }
@@ -125,9 +125,9 @@ async fn a_hung_plugin_is_replaced() {
 async fn a_worker_that_takes_memory_without_end_meets_its_limit() {
     let node = both(&faulty("limits = { memory = '512MiB' }", "")).await;
     let before = node.memory();
-    let told = node.stream(chat("faulty", "one !allocate two")).await.rest().await;
+    let told = node.stream(chat("faulty", "one !wait:200 !allocate two")).await.rest().await;
     broke_off(&told, "one ");
-    assert_eq!(node.ask("faulty", "works").await, "works");
+    assert_eq!(node.ask_patiently("faulty", "works").await, "works");
     node.logged(&["memory allocation of"]).await;
     assert!(node.memory() < before + (64 << 20));
 }
@@ -161,7 +161,7 @@ async fn wrong_answers_end_their_own_stream_alone() {
         let reply = node.chat(&chat("faulty", prompt)).await;
         assert!(reply.status >= 500 && reply.body["error"]["message"].is_string(), "{reply:#?}");
     }
-    assert_eq!(node.ask("faulty", "works").await, "works");
+    assert_eq!(node.ask_patiently("faulty", "works").await, "works");
     assert_eq!(node.workers(), workers);
 }
 
@@ -181,14 +181,14 @@ async fn a_flood_waits_for_its_reader_and_stops_with_it() {
         assert!(grown < 32 << 20, "the node grew by {} MiB", grown >> 20);
         drop(flood);
         eventually("the slot is free", LIMIT, async || (node.running("faulty").await == 0.0).then_some(())).await;
-        assert_eq!(node.ask("faulty", "works").await, "works");
+        assert_eq!(node.ask_patiently("faulty", "works").await, "works");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn frames_that_break_the_protocol_harm_the_sender_alone() {
     let node = both(&faulty("", "")).await;
-    for prompt in ["one !garbage", "one !frames", "one !overrun"] {
+    for prompt in ["one !wait:200 !garbage", "one !wait:200 !frames", "one !wait:200 !overrun"] {
         let other = tokio::spawn(bystander(&node, 100).await);
         let before = node.memory();
         let began = Instant::now();
@@ -201,7 +201,7 @@ async fn frames_that_break_the_protocol_harm_the_sender_alone() {
         let grown = node.memory().saturating_sub(before);
         println!("{prompt}: ended after {:?}, and the node grew by {} KiB", began.elapsed(), grown >> 10);
         assert!(grown < 64 << 20, "{prompt}: the node grew by {} MiB", grown >> 20);
-        assert_eq!(node.ask("faulty", "works").await, "works");
+        assert_eq!(node.ask_patiently("faulty", "works").await, "works");
     }
 }
 
@@ -219,7 +219,7 @@ async fn a_plugin_that_breaks_again_and_again_is_quarantined() {
     node.place.configure(&faulty("", ""));
     node.signal(libc::SIGHUP);
     node.serves("faulty").await;
-    assert_eq!(node.ask("faulty", "works").await, "works");
+    assert_eq!(node.ask_patiently("faulty", "works").await, "works");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,8 +272,12 @@ async fn no_worker_outlives_a_node_that_was_killed() {
     // One of them busy, and one hung for good.
     let mut busy = node.stream(chat("echo", &"word ".repeat(500))).await;
     busy.text().await;
-    let mut hung = node.stream(chat("faulty", "one !hang")).await;
+    let mut hung = node.stream(chat("faulty", "one !wait:200 !hang")).await;
     hung.text().await;
+    // Half a second of words: time enough for the other to hang.
+    for _ in 0..25 {
+        busy.text().await;
+    }
     let workers = node.workers();
     assert_eq!(workers.len(), 2);
     node.signal(libc::SIGKILL);

@@ -212,7 +212,7 @@ impl Batcher {
             running.began.get_or_insert_with(Instant::now);
             let prompt = &running.request.prompt;
             let from = slot.cells.len();
-            // Chunks begin at multiples of the chunk's size where they can, so that the same prompt is always read in the same way.
+            // Chunks begin at multiples of their size where they can, so that the same prompt is always read in the same way.
             let aligned = self.chunk - from % self.chunk;
             let count = (prompt.len() - from).min(budget).min(aligned);
             for (position, &token) in prompt.iter().enumerate().skip(from).take(count) {

@@ -36,15 +36,18 @@ impl Pooling {
 }
 
 /// Tokens per step. Every token of a step also gets logits, which nobody reads but which take memory.
-const CHUNK: usize = 64;
+pub const CHUNK: usize = 64;
 
 /// Callers that may wait behind the one being served.
 const QUEUE: usize = 8;
 
+/// One vector for each text.
+pub type Vectors = Result<Vec<Vec<f32>>, Error>;
+
 struct Job {
     texts: Vec<Vec<i32>>,
     gone: Box<dyn Fn() -> bool + Send>,
-    answer: Sender<Result<Vec<Vec<f32>>, Error>>,
+    answer: Sender<Vectors>,
 }
 
 /// The thread that embeds.
@@ -81,11 +84,7 @@ impl Embedder {
     }
 
     /// Queues texts. The answer comes on the receiver; none comes if the engine stops.
-    pub fn embed(
-        &self,
-        texts: Vec<Vec<i32>>,
-        gone: impl Fn() -> bool + Send + 'static,
-    ) -> Result<Receiver<Result<Vec<Vec<f32>>, Error>>, Error> {
+    pub fn embed(&self, texts: Vec<Vec<i32>>, gone: impl Fn() -> bool + Send + 'static) -> Result<Receiver<Vectors>, Error> {
         let (answer, receiver) = channel();
         let jobs = self.jobs.as_ref().expect("only drop takes the queue away");
         match jobs.try_send(Job { texts, gone: Box::new(gone), answer }) {

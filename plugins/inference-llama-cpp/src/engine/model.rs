@@ -183,8 +183,8 @@ impl Model {
 }
 
 fn raw(model: &LlamaModel) -> *mut sys::llama_model {
-    // SAFETY: `LlamaModel` is `repr(transparent)` over its pointer to the model. The safe crate keeps it to itself, and its version
-    // is pinned to the digit.
+    // SAFETY: `LlamaModel` is `repr(transparent)` over its pointer to the model. The safe crate keeps it to itself, and its
+    // version is pinned to the digit.
     unsafe { *std::ptr::from_ref(model).cast::<*mut sys::llama_model>() }
 }
 
