@@ -126,7 +126,8 @@ async fn cancels(config: serde_json::Value, rounds: usize) -> [f64; 2] {
     for (index, (name, plugged)) in [("in process", in_process), ("worker", worker)].into_iter().enumerate() {
         let times = tokio::spawn(async move {
             let mut times = vec![];
-            let mut stream = Some(plugged.inference.generate(&cx(), generation("echo", "a b c", None)).await.expect("the slot is free"));
+            let mut stream =
+                Some(plugged.inference.generate(&cx(), generation("echo", "a b c", None)).await.expect("the slot is free"));
             for _ in 0..rounds {
                 let start = Instant::now();
                 drop(stream.take());

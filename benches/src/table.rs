@@ -37,7 +37,8 @@ impl Rounds {
 
     /// The median over the rounds of a candidate's ratio to the first in the same round.
     pub fn ratio(&self, candidate: usize) -> f64 {
-        let mut ratios: Vec<f64> = self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| value / first).collect();
+        let mut ratios: Vec<f64> =
+            self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| value / first).collect();
         median(&mut ratios)
     }
 

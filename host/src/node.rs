@@ -36,7 +36,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     let mut hangup = signal(SignalKind::hangup()).map_err(NodeError::Signals)?;
 
     let drain = Duration::from_millis(config.node.drain_timeout_ms);
-    let supervisor = Supervisor::start(config.clone());
+    let supervisor = Supervisor::new(config.clone());
     let scheduler = Scheduler::new(config.scheduler, supervisor.subscribe());
     let stop = CancellationToken::new();
     let plugins = supervisor.clone();
@@ -46,6 +46,8 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     });
     let metrics = gateway::Metrics::new(&scheduler, texts);
     let serving = gateway::serve(config.gateway, scheduler, metrics, stop.clone()).await?;
+    // Plugins start once it is certain that the node can serve.
+    supervisor.start();
     // The one line on standard output: for people, and for programs that asked for port 0.
     println!("Listening on http://{}", serving.address);
     announce(&supervisor);
@@ -79,7 +81,8 @@ fn announce(supervisor: &Supervisor) {
     let mut routes = supervisor.subscribe();
     tokio::spawn(async move {
         if let Ok(routes) = routes.wait_for(|routes| !routes.inference.is_empty()).await {
-            let models: Vec<&str> = routes.inference.iter().flat_map(|route| route.models.iter().map(|model| model.id.as_str())).collect();
+            let models: Vec<&str> =
+                routes.inference.iter().flat_map(|route| route.models.iter().map(|model| model.id.as_str())).collect();
             tracing::info!(models = models.join(", "), "Ready.");
         }
     });

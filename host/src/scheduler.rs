@@ -13,7 +13,6 @@
 //! - A request that has produced nothing yet is given to the next route or the next generation when its plugin fails.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -148,27 +147,27 @@ impl Scheduler {
         self.metrics.register(registry);
     }
 
-    /// The models that are served now, by id.
+    /// The models that are served now, those of the best rank first.
     pub fn models(&self) -> Vec<ServedModelInfo> {
         let routes = self.routes();
-        let mut models: BTreeMap<&str, ServedModelInfo> = BTreeMap::new();
+        let mut models: Vec<ServedModelInfo> = Vec::new();
         for route in &routes.inference {
             for model in &route.models {
-                models
-                    .entry(&model.id)
-                    .and_modify(|known| {
+                match models.iter_mut().find(|known| known.id == model.id) {
+                    Some(known) => {
                         known.context = known.context.min(model.context);
                         known.parallel += model.parallel;
-                    })
-                    .or_insert_with(|| ServedModelInfo {
+                    }
+                    None => models.push(ServedModelInfo {
                         id: model.id.clone(),
                         plugin: route.plugin.clone(),
                         context: model.context,
                         parallel: model.parallel,
-                    });
+                    }),
+                }
             }
         }
-        models.into_values().collect()
+        models
     }
 
     pub fn readiness(&self) -> Readiness {

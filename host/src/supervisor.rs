@@ -43,16 +43,26 @@ use keeper::{Command, Keeper};
 pub enum State {
     /// Configured, and not started.
     Declared,
-    Starting { doing: String, percent: Option<u8> },
+    Starting {
+        doing: String,
+        percent: Option<u8>,
+    },
     Ready,
     /// Works, but not as it should.
-    Degraded { why: String },
+    Degraded {
+        why: String,
+    },
     /// Ended by a fault, and about to be started again.
-    Restarting { why: String, in_ms: u64 },
+    Restarting {
+        why: String,
+        in_ms: u64,
+    },
     Draining,
     Stopped,
     /// Given up until its entry or its file changes.
-    Quarantined { why: String },
+    Quarantined {
+        why: String,
+    },
 }
 
 impl State {
@@ -108,19 +118,27 @@ pub struct Reloaded {
 }
 
 impl Supervisor {
-    /// Starts every enabled plugin of the configuration, all at the same time, and returns at once.
-    pub fn start(config: Config) -> Self {
-        let supervisor = Self(Arc::new(Shared {
+    /// Knows the plugins of the configuration, and has started none.
+    pub fn new(config: Config) -> Self {
+        let board = Board::default();
+        for entry in config.plugin.iter().filter(|entry| entry.enabled) {
+            board.post(entry, State::Declared);
+        }
+        Self(Arc::new(Shared {
             loader: RwLock::new(Loader::new(&config)),
-            board: Arc::default(),
+            board: Arc::new(board),
             keepers: Mutex::default(),
             generation: AtomicU64::new(0),
-            config: RwLock::new(config.clone()),
-        }));
-        for entry in config.plugin.into_iter().filter(|entry| entry.enabled) {
-            supervisor.add(entry);
+            config: RwLock::new(config),
+        }))
+    }
+
+    /// Starts every enabled plugin, all at the same time, and returns at once.
+    pub fn start(&self) {
+        let entries = self.0.config.read().plugin.clone();
+        for entry in entries.into_iter().filter(|entry| entry.enabled) {
+            self.add(entry);
         }
-        supervisor
     }
 
     fn add(&self, entry: PluginEntry) {
@@ -168,7 +186,9 @@ impl Supervisor {
                     let sent = commands.send(Command::Replace(Box::new(entry.clone()), answer)).await;
                     match (sent, result.await) {
                         (Ok(()), Ok(result)) => {
-                            if result.is_ok() && let Some(handle) = self.0.keepers.lock().get_mut(&id) {
+                            if result.is_ok()
+                                && let Some(handle) = self.0.keepers.lock().get_mut(&id)
+                            {
                                 handle.entry = entry;
                             }
                             result

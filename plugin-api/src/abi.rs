@@ -218,7 +218,9 @@ pub type HostPort = RawPortBox;
 #[doc(hidden)]
 pub type ConnectResult = RResult<RawPortBox, RString>;
 #[doc(hidden)]
-pub use abi_stable::library::{CheckTypeLayout, LibHeader, RootModuleResult, __call_root_module_loader as call_root_module_loader};
+pub use abi_stable::library::{
+    __call_root_module_loader as call_root_module_loader, CheckTypeLayout, LibHeader, RootModuleResult,
+};
 
 /// Builds the root module around a plugin's connect function. Called by code that `#[plugin]` generates.
 #[doc(hidden)]

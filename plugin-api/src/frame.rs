@@ -423,7 +423,9 @@ impl Reader {
     /// The next value, a blob.
     pub fn blob(&mut self) -> Result<Blob> {
         let index: u32 = self.value()?;
-        self.received.take_blob(index as usize).ok_or_else(|| PluginError::protocol("a frame refers to a blob that it does not carry"))
+        self.received
+            .take_blob(index as usize)
+            .ok_or_else(|| PluginError::protocol("a frame refers to a blob that it does not carry"))
     }
 }
 

@@ -191,7 +191,7 @@ impl Default for Sampling {
 pub enum Format {
     #[default]
     Text,
-    /// Any JSON value.
+    /// A JSON object.
     Json,
     /// JSON that is valid for this JSON Schema, given as text.
     JsonSchema(String),

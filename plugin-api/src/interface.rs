@@ -35,7 +35,9 @@ pub struct Method {
 
 #[doc(hidden)]
 pub fn generator() -> schemars::SchemaGenerator {
-    schemars::generate::SchemaSettings::draft2020_12().with(|settings| settings.definitions_path = "/types".into()).into_generator()
+    schemars::generate::SchemaSettings::draft2020_12()
+        .with(|settings| settings.definitions_path = "/types".into())
+        .into_generator()
 }
 
 #[doc(hidden)]

@@ -170,12 +170,7 @@ async fn nodes() -> Vec<(&'static str, Node)> {
 }
 
 fn configuration() -> Configure {
-    Configure {
-        instance: "probe".into(),
-        state_dir: std::env::temp_dir(),
-        config: "{}".into(),
-        log_level: "error".into(),
-    }
+    Configure { instance: "probe".into(), state_dir: std::env::temp_dir(), config: "{}".into(), log_level: "error".into() }
 }
 
 #[derive(Default)]

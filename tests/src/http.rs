@@ -21,7 +21,8 @@ pub struct Reply {
 impl Reply {
     async fn of(response: Response) -> Self {
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
-        let (status, retry_after, content_type) = (response.status().as_u16(), header("retry-after").parse().ok(), header("content-type"));
+        let (status, retry_after, content_type) =
+            (response.status().as_u16(), header("retry-after").parse().ok(), header("content-type"));
         let text = response.text().await.unwrap_or_default();
         Self { status, retry_after, content_type, body: serde_json::from_str(&text).unwrap_or(Value::Null), text }
     }

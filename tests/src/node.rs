@@ -68,8 +68,10 @@ impl Node {
 
     /// Waits until a model is served.
     pub async fn serves(&self, model: &str) {
-        eventually(&format!("{model} is served"), 2 * LIMIT, async || self.models().await.iter().any(|id| id == model).then_some(()))
-            .await;
+        eventually(&format!("{model} is served"), 2 * LIMIT, async || {
+            self.models().await.iter().any(|id| id == model).then_some(())
+        })
+        .await;
     }
 
     /// Everything that the node has logged so far.

@@ -46,10 +46,12 @@ impl Rogue {
         if let Some(manifest) = &self.manifest {
             let bytes: Vec<String> = manifest.iter().map(u8::to_string).collect();
             let section = "__attribute__((section(\".fabstir.plugin\"), used))";
-            writeln!(text, "{section} static const unsigned char manifest[] = {{{}}};", bytes.join(",")).expect("a String takes any text");
+            writeln!(text, "{section} static const unsigned char manifest[] = {{{}}};", bytes.join(","))
+                .expect("a String takes any text");
         }
         let (declarations, initialiser) = (self.declarations, self.initialiser);
-        writeln!(text, "{declarations}\n__attribute__((constructor)) static void opened(void) {{ {initialiser} }}").expect("the same");
+        writeln!(text, "{declarations}\n__attribute__((constructor)) static void opened(void) {{ {initialiser} }}")
+            .expect("the same");
         std::fs::write(&source, text).expect("a file can be written");
         let output = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).output();
         let output = output.unwrap_or_else(|error| panic!("`cc` is needed (apt-get install build-essential): {error}"));

@@ -44,6 +44,10 @@ impl Run {
         let sources = Sources::of_process(self.config.config, flags);
         let config = sources.load()?.config;
         log::start(&config.node.log, json)?;
+        // Relative paths in plugins' settings start at the file's folder, also for plugins in this process.
+        std::env::set_current_dir(&config.base_dir).map_err(|error| {
+            Failure::new(Failure::FAILED, "folder", format!("cannot work in {}: {error}", config.base_dir.display()))
+        })?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("node").build();
         let runtime =
             runtime.map_err(|error| Failure::new(Failure::FAILED, "runtime", format!("cannot start threads: {error}")))?;

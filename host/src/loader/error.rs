@@ -18,8 +18,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Step; 7] =
-        [Step::Find, Step::Read, Step::Resolve, Step::Trust, Step::Probe, Step::Configure, Step::Connect];
+    pub const ALL: [Step; 7] = [Step::Find, Step::Read, Step::Resolve, Step::Trust, Step::Probe, Step::Configure, Step::Connect];
 }
 
 impl fmt::Display for Step {

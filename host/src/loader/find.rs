@@ -40,7 +40,8 @@ pub(super) fn find(use_: &str, dirs: &[PathBuf], base: &Path, bundled_only: bool
     let known: Vec<String> = known.iter().filter_map(|path| plugin_name(path)).collect();
     let nearest = known.iter().max_by(|a, b| strsim::jaro(a, use_).total_cmp(&strsim::jaro(b, use_)));
     let searched: Vec<String> = folders.iter().map(|folder| display(folder)).collect();
-    let mut error = missing(format!("no plugin `{use_}` is installed")).note("looked for", format!("{name} in {}", searched.join(", ")));
+    let mut error =
+        missing(format!("no plugin `{use_}` is installed")).note("looked for", format!("{name} in {}", searched.join(", ")));
     if let Some(nearest) = nearest.filter(|nearest| strsim::jaro(nearest, use_) > 0.8) {
         error = error.note("nearest", nearest);
     }

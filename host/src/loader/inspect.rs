@@ -42,9 +42,7 @@ pub(super) fn read(file: &Path) -> Result<Vec<u8>, LoadError> {
 pub(super) fn manifest(file: &Path, bytes: &[u8]) -> Result<Manifest, LoadError> {
     let error = |code, message: String| LoadError::new(Step::Read, code, message).note("file", display(file));
     let damaged = |why: String| {
-        error("P104", "the library is truncated or damaged".into())
-            .note("found", why)
-            .fix("install the plugin again")
+        error("P104", "the library is truncated or damaged".into()).note("found", why).fix("install the plugin again")
     };
     if object::FileKind::parse(bytes).is_err() {
         return Err(error("P103", "the file is not a shared library".into())
@@ -68,7 +66,8 @@ pub(super) fn manifest(file: &Path, bytes: &[u8]) -> Result<Manifest, LoadError>
             }
         }
     }
-    let value: serde_json::Value = serde_json::from_slice(text).map_err(|why| damaged(format!("its manifest is not JSON: {why}")))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(text).map_err(|why| damaged(format!("its manifest is not JSON: {why}")))?;
     if value["format"] != FORMAT {
         return Err(error("P201", format!("the manifest has format {}; this node reads format {FORMAT}", value["format"]))
             .fix("use a plugin and a node of the same generation"));

@@ -70,8 +70,8 @@ pub(super) async fn probe(source: &Path, copy: &Path, limit: Duration) -> Result
     if !status.success() {
         return Err(error("P404", "the plugin cannot be opened".into()).note("found", last));
     }
-    let description: Description = serde_json::from_slice(&out)
-        .map_err(|why| error("P405", format!("the plugin's description cannot be read: {why}")))?;
+    let description: Description =
+        serde_json::from_slice(&out).map_err(|why| error("P405", format!("the plugin's description cannot be read: {why}")))?;
     if let Err(why) = replace(&remembered, &out, 0o600) {
         tracing::warn!(error = %why, file = %remembered.display(), "A probe's answer could not be kept.");
     }

@@ -11,7 +11,11 @@ use crate::config::PluginEntry;
 
 pub(super) fn check(description: &Description, entry: &PluginEntry) -> Result<(), LoadError> {
     let schema: Value = serde_json::from_str(&description.config_schema).map_err(|why| {
-        LoadError::new(Step::Configure, "P501", format!("`{}` gives a configuration schema that is not JSON: {why}", description.name))
+        LoadError::new(
+            Step::Configure,
+            "P501",
+            format!("`{}` gives a configuration schema that is not JSON: {why}", description.name),
+        )
     })?;
     let mut found = Vec::new();
     walk(&schema, &schema, &Value::Object(entry.config.clone()), "config", &mut found);

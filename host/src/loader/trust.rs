@@ -57,7 +57,9 @@ impl Lock {
     }
 
     pub fn write(&self, path: &Path) -> Result<(), LoadError> {
-        let failed = |why: String| LoadError::new(Step::Trust, "P301", format!("the lock file {} cannot be written: {why}", display(path)));
+        let failed = |why: String| {
+            LoadError::new(Step::Trust, "P301", format!("the lock file {} cannot be written: {why}", display(path)))
+        };
         let text = toml::to_string(self).map_err(|why| failed(why.to_string()))?;
         let text = format!("# Written by `fabstir-node plugin lock`: the plugin files that this node may load.\n\n{text}");
         replace(path, text.as_bytes(), 0o644).map_err(|why| failed(why.to_string()))

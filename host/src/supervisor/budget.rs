@@ -6,13 +6,8 @@ use std::time::{Duration, Instant};
 /// Faults within this time count together.
 const WINDOW: Duration = Duration::from_secs(600);
 /// The pause before each restart within the window. One more fault than that quarantines.
-const PAUSES: [Duration; 5] = [
-    Duration::ZERO,
-    Duration::from_millis(200),
-    Duration::from_secs(1),
-    Duration::from_secs(5),
-    Duration::from_secs(15),
-];
+const PAUSES: [Duration; 5] =
+    [Duration::ZERO, Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(15)];
 
 #[derive(Default)]
 pub(super) struct Budget {

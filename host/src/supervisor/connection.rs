@@ -30,6 +30,11 @@ pub fn host_session(id: &str) -> Session {
     Session::new(Role::Host, End::new(id), tokio::runtime::Handle::current())
 }
 
+/// Lines that a worker's end is explained with: what broke is often followed by where.
+const LAST_WORDS: usize = 3;
+
+type LastWords = Arc<Mutex<VecDeque<String>>>;
+
 /// An instance that frames can be exchanged with.
 pub struct Connected {
     pub session: Session,
@@ -58,7 +63,8 @@ impl Connected {
 
     /// Starts a worker process that opens the library, and connects to it.
     pub fn worker(file: &Path, entry: &PluginEntry, folder: &Path) -> std::result::Result<Self, LoadError> {
-        let failed = |why: std::io::Error| LoadError::new(Step::Connect, "P603", format!("no worker process could be started: {why}"));
+        let failed =
+            |why: std::io::Error| LoadError::new(Step::Connect, "P603", format!("no worker process could be started: {why}"));
         let (near, far) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
         near.set_nonblocking(true).map_err(failed)?;
         let mut arguments = Vec::new();
@@ -80,7 +86,7 @@ impl Connected {
         let socket = tokio::net::UnixStream::from_std(near).map_err(failed)?;
         session.attach(ipc::carry(socket, session.inbox()));
 
-        let last = Arc::new(Mutex::new(None));
+        let last = LastWords::default();
         let out = child.stdout.take().map(|out| tokio::spawn(log_lines(out, entry.id.clone(), last.clone())));
         let err = child.stderr.take().map(|err| tokio::spawn(log_lines(err, entry.id.clone(), last.clone())));
         let kill = Arc::new(Notify::new());
@@ -92,10 +98,8 @@ impl Connected {
             for lines in [out, err].into_iter().flatten() {
                 let _ = tokio::time::timeout(Duration::from_millis(200), lines).await;
             }
-            let reason = match last.lock().take() {
-                Some(line) => format!("{reason}; its last words: {line}"),
-                None => reason,
-            };
+            let last: Vec<String> = last.lock().drain(..).collect();
+            let reason = if last.is_empty() { reason } else { format!("{reason}; its last words: {}", last.join(" / ")) };
             exited.send_replace(Some(reason.clone()));
             watched.close(&reason);
         });
@@ -115,7 +119,9 @@ impl Connected {
             Err(_) => "its connection is gone".into(),
         };
         // The process's end says more than the socket's.
-        if self.session.is_closed() && let Some(mut exit) = self.exit.clone() {
+        if self.session.is_closed()
+            && let Some(mut exit) = self.exit.clone()
+        {
             let known = tokio::time::timeout(Duration::from_secs(1), exit.wait_for(Option::is_some)).await;
             if let Ok(Ok(exit)) = known {
                 return exit.clone().unwrap_or(reason);
@@ -167,13 +173,17 @@ fn signal_name(signal: i32) -> &'static str {
     }
 }
 
-async fn log_lines(pipe: impl AsyncRead + Unpin, id: String, last: Arc<Mutex<Option<String>>>) {
+async fn log_lines(pipe: impl AsyncRead + Unpin, id: String, last: LastWords) {
     let mut lines = BufReader::new(pipe).split(b'\n');
     while let Ok(Some(line)) = lines.next_segment().await {
         let line: String = String::from_utf8_lossy(&line).trim_end().chars().take(500).collect();
         if !line.is_empty() {
             tracing::debug!(target: "plugin", plugin = %id, "{line}");
-            *last.lock() = Some(line);
+            let mut last = last.lock();
+            if last.len() == LAST_WORDS {
+                last.pop_front();
+            }
+            last.push_back(line);
         }
     }
 }

@@ -153,7 +153,8 @@ impl Shared {
             return Ok((None, in_flight, generation, None));
         }
         let inference = <dyn Inference as Interface>::client(connected.session.clone());
-        let known = inference.models(&cx()).await.map_err(|error| (not_started(entry, "P605", "it names no models", error), true))?;
+        let known =
+            inference.models(&cx()).await.map_err(|error| (not_started(entry, "P605", "it names no models", error), true))?;
         let (mut models, mut refused, mut again) = (Vec::new(), Vec::new(), false);
         for model in known {
             let load_cx = cx();
@@ -161,7 +162,11 @@ impl Shared {
             let watch = watch_progress(connected, &model.id, progress);
             let loaded = tokio::select! { loaded = load => loaded, never = watch => match never {} };
             match loaded {
-                Ok(loaded) => models.push(ServedModel { id: model.id, context: loaded.context, parallel: loaded.parallel.max(1) }),
+                Ok(loaded) => {
+                    models.push(ServedModel { id: model.id, context: loaded.context, parallel: loaded.parallel.max(1) })
+                }
+                // Nothing else can be asked of it in time either.
+                Err(error) if error.code == Code::DeadlineExceeded => return Err((hung(entry), true)),
                 Err(error) => {
                     again |= !matches!(error.code, Code::InvalidArgument | Code::NotFound);
                     tracing::error!(plugin = %entry.id, model = %model.id, code = %error.code, %error, "A model could not be loaded.");

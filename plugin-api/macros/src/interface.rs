@@ -2,7 +2,9 @@
 
 use proc_macro2::TokenStream;
 use quote::{format_ident, quote};
-use syn::{Error, FnArg, GenericArgument, ItemTrait, LitStr, Pat, PathArguments, Result, ReturnType, TraitItem, Type, parse_quote};
+use syn::{
+    Error, FnArg, GenericArgument, ItemTrait, LitStr, Pat, PathArguments, Result, ReturnType, TraitItem, Type, parse_quote,
+};
 
 struct Options {
     kind: LitStr,
@@ -90,7 +92,8 @@ pub fn expand(attributes: TokenStream, item: TokenStream) -> Result<TokenStream>
         let full = format!("{}.{text}", kind.value());
 
         let mut inputs = signature.inputs.iter();
-        if !matches!(inputs.next(), Some(FnArg::Receiver(receiver)) if receiver.reference.is_some() && receiver.mutability.is_none()) {
+        if !matches!(inputs.next(), Some(FnArg::Receiver(receiver)) if receiver.reference.is_some() && receiver.mutability.is_none())
+        {
             return Err(Error::new_spanned(&signature, "the first parameter is `&self`"));
         }
         if !matches!(inputs.next(), Some(FnArg::Typed(cx)) if matches!(*cx.ty, Type::Reference(_))) {

@@ -229,7 +229,10 @@ impl<'a> Request<'a> {
         }
         let credit = self.upload.is_some().then(|| Arc::new(Semaphore::new(0)));
         let streams = inflow.is_some();
-        self.inner.outgoing.lock().insert(self.id, Outgoing { reply: Some(reply), inflow, upload: credit.clone(), task: None, deadline });
+        self.inner
+            .outgoing
+            .lock()
+            .insert(self.id, Outgoing { reply: Some(reply), inflow, upload: credit.clone(), task: None, deadline });
         let mut guard = Guard { inner: self.inner.clone(), id: self.id, armed: true };
         if self.inner.closed.load(Ordering::Acquire) || self.inner.send(frame).is_err() {
             return Err(self.inner.gone());

@@ -141,7 +141,8 @@ impl Inner {
             serving.insert(head.id, Serving { cx: cx.clone(), of_a_kind, credit: credit.clone(), inflow: None });
         }
         let served = Served { inner: self.clone(), id: head.id };
-        let call = Incoming { inner: self.clone(), id: head.id, cx, method: head.method, arguments: Reader::new(received, head.body) };
+        let call =
+            Incoming { inner: self.clone(), id: head.id, cx, method: head.method, arguments: Reader::new(received, head.body) };
         self.hand_over(Job { served, call, credit });
         Ok(())
     }

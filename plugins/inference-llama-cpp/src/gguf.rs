@@ -1,8 +1,8 @@
 //! Reads the header of a GGUF file.
 //!
-//! llama.cpp reads the file again when it loads it, but it asserts where it should answer, and an assert ends the process. So every
-//! length in the header is held against the file here first: a file that is no GGUF, is cut short or is garbage ends in an error
-//! that says which.
+//! llama.cpp reads the file again when it loads it, but it asserts where it should answer, and an assert ends the process. So
+//! every length in the header is held against the file here first: a file that is no GGUF, is cut short or is garbage ends in an
+//! error that says which.
 //!
 //! The format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 

@@ -9,8 +9,8 @@ use llama_cpp_2::sampling::LlamaSampler;
 use crate::engine::model::Model;
 use crate::error::Error;
 
-/// Any JSON value. Space between tokens is bounded, or a model may write nothing else for ever.
-const JSON: &str = r#"root ::= value
+/// A JSON object, as `json_object` promises. Space between tokens is bounded, or a model may write nothing else for ever.
+const JSON: &str = r#"root ::= object
 value ::= object | array | string | number | ("true" | "false" | "null") ws
 object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
 array ::= "[" ws ( value ("," ws value)* )? "]" ws

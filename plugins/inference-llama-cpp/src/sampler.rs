@@ -1,7 +1,7 @@
 //! How the next token is chosen.
 //!
 //! The order is llama.cpp's: logit bias, penalties, top-k, typical, top-p, min-p, temperature, a draw. A grammar is asked about
-//! the chosen token first and about the whole vocabulary only if it says no: with large vocabularies that is most of the time saved.
+//! the chosen token first and about the whole vocabulary only if it says no: with large vocabularies that saves most of the time.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 

@@ -26,22 +26,20 @@ pub fn garbage() -> ! {
 pub fn frames() -> ! {
     loop {
         for (kind, id) in [(Kind::Item, 1_000_000), (Kind::Reply, 2_000_000), (Kind::End, 3_000_001), (Kind::Credit, 4_000_002)] {
-            write(&item(kind, id));
+            write(&frame(kind, id, 1));
         }
     }
 }
 
-/// Items for every stream that may be open, far beyond the credit that the node has granted.
-pub fn overrun() -> ! {
-    loop {
-        for id in (0..400).step_by(2) {
-            write(&item(Kind::Item, id));
-        }
+/// For every stream that may be open one frame that claims more items than the node has ever granted.
+pub fn overrun() {
+    for id in (0..4000).step_by(2) {
+        write(&frame(Kind::Item, id, 1 << 20));
     }
 }
 
-fn item(kind: Kind, id: u64) -> Vec<u8> {
-    let mut writer = Writer::new(kind, id).count(1);
+fn frame(kind: Kind, id: u64, count: u32) -> Vec<u8> {
+    let mut writer = Writer::new(kind, id).count(count);
     let text = Text { text: "more ".repeat(200), tokens: 1, logprobs: Vec::new() };
     writer.value(&Chunk::Text(text)).expect("a text can be encoded");
     let frame = writer.finish();

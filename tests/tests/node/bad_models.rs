@@ -18,7 +18,9 @@ async fn every_bad_model_file_ends_in_a_clear_error_and_the_others_serve() {
     place.file("garbage.gguf", garbage);
     gguf::announcing(&place.path().join("huge.gguf"), 256 << 30);
     let entry = |id: &str, path: &str, further: &str| {
-        format!("[[plugin]]\nid = '{id}'\nuse = 'inference-llama-cpp'\n[[plugin.config.models]]\nid = '{id}'\npath = '{path}'\nthreads = 1\n{further}\n")
+        format!(
+            "[[plugin]]\nid = '{id}'\nuse = 'inference-llama-cpp'\n[[plugin.config.models]]\nid = '{id}'\npath = '{path}'\nthreads = 1\n{further}\n"
+        )
     };
     let mut config = format!("{ECHO}{}", entry("good", &good.display().to_string(), ""));
     for id in ["text", "empty", "truncated", "header", "garbage", "huge", "nowhere"] {
@@ -41,7 +43,9 @@ async fn every_bad_model_file_ends_in_a_clear_error_and_the_others_serve() {
     ] {
         let told = async || {
             let log = node.log();
-            let told = log.lines().any(|line| line.contains(&format!("model `{id}`")) && line.contains(words) && line.contains("serves nothing"));
+            let told = log
+                .lines()
+                .any(|line| line.contains(&format!("model `{id}`")) && line.contains(words) && line.contains("serves nothing"));
             told.then_some(())
         };
         eventually(&format!("the log says of {id} {words:?}"), 2 * LIMIT, told).await;

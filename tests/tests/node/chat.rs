@@ -23,7 +23,11 @@ async fn one_question_gets_one_answer() {
     let ran = chat(&node, &["--model", "echo"], "from a pipe\n").await;
     assert_eq!((ran.code, ran.out.as_str()), (0, "from a pipe\n"), "{ran:#?}");
     let ran = chat(&node, &["--model", "echo", "--json", "one two"], "").await;
-    assert_eq!((ran.code, ran.json()["answer"].as_str(), ran.json()["finish_reason"].as_str()), (0, Some("one two"), Some("stop")), "{ran:#?}");
+    assert_eq!(
+        (ran.code, ran.json()["answer"].as_str(), ran.json()["finish_reason"].as_str()),
+        (0, Some("one two"), Some("stop")),
+        "{ran:#?}"
+    );
     let ran = chat(&node, &["--model", "echo", "--max-tokens", "1", "--verbose", "one two"], "").await;
     assert!(ran.code == 0 && ran.out == "one \n" && ran.err.contains("1 token in"), "{ran:#?}");
 

@@ -12,7 +12,8 @@ fn installed() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"))).expect("a user has a home");
     let folder = cache.join("fabstir-node/clients");
-    let recipe = |name: &str| std::fs::read(repository().join("tests/clients").join(name)).expect("the recipe is in the repository");
+    let recipe =
+        |name: &str| std::fs::read(repository().join("tests/clients").join(name)).expect("the recipe is in the repository");
     let same = |name: &str| std::fs::read(folder.join(name)).is_ok_and(|known| known == recipe(name));
     assert!(
         same("requirements.txt") && same("package.json"),
@@ -33,7 +34,8 @@ async fn node() -> Node {
 
 async fn passes(node: &Node, mut command: Command) {
     command.arg(&node.url).env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1");
-    let ran = tokio::task::spawn_blocking(move || finish(command, "", Duration::from_secs(120))).await.expect("the command was run");
+    let ran =
+        tokio::task::spawn_blocking(move || finish(command, "", Duration::from_secs(120))).await.expect("the command was run");
     assert_eq!(ran.code, 0, "{}\n{}", ran.out, ran.err);
     println!("{}", ran.out);
 }

@@ -26,7 +26,10 @@ async fn client(node: &Node, number: usize) -> Served {
             let wait = reply.retry_after.unwrap_or_else(|| panic!("429 without a time: {sentence}"));
             tokio::time::sleep(Duration::from_secs(wait)).await;
             let second = node.try_stream(chat("echo", &prompt)).await;
-            (second.unwrap_or_else(|reply| panic!("client {number} came back after {wait} s, as told, and got {reply:#?}")), Some(wait))
+            (
+                second.unwrap_or_else(|reply| panic!("client {number} came back after {wait} s, as told, and got {reply:#?}")),
+                Some(wait),
+            )
         }
     };
     let told = tokio::time::timeout(4 * LIMIT, events.rest()).await.expect("no stream hangs");
@@ -113,7 +116,9 @@ impl Crowd {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_is_swapped_under_fifty_streams_without_a_failed_request() {
-    let echo = |delay: u32| format!("[[plugin]]\nid = 'words'\nuse = 'inference-echo'\nconfig = {{ delay_ms = {delay}, parallel = 60 }}\n");
+    let echo = |delay: u32| {
+        format!("[[plugin]]\nid = 'words'\nuse = 'inference-echo'\nconfig = {{ delay_ms = {delay}, parallel = 60 }}\n")
+    };
     let other = "[[plugin]]\nid = 'words'\nuse = 'inference-faulty'\nconfig = { model = 'echo', delay_ms = 9, parallel = 60 }\n";
     let steps = [
         ("another configuration", echo(12)),

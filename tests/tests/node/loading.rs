@@ -29,14 +29,23 @@ fn bad_files(folder: &Path) -> (String, Vec<(&'static str, &'static str, &'stati
         ("no-plugin", Rogue { manifest: None, ..Rogue::default() }),
         ("damaged", Rogue { manifest: Some(b"{\"format\":1,".to_vec()), ..Rogue::default() }),
         ("later-format", Rogue::claiming(|manifest| manifest["format"] = json!(2))),
-        ("wrong-kind", Rogue::claiming(|manifest| manifest["provides"] = json!([{ "kind": "toaster", "version": "1.0", "methods": [] }]))),
+        (
+            "wrong-kind",
+            Rogue::claiming(|manifest| manifest["provides"] = json!([{ "kind": "toaster", "version": "1.0", "methods": [] }])),
+        ),
         ("wrong-version", Rogue::claiming(|manifest| manifest["provides"][0]["version"] = json!("7.0"))),
         ("wrong-port", Rogue::claiming(|manifest| manifest["port"] = json!("2.0"))),
         ("wrong-machine", Rogue::claiming(|manifest| manifest["arch"] = json!("pdp11"))),
         ("panic-abort", Rogue::claiming(|manifest| manifest["panic"] = json!("abort"))),
         ("no-root", Rogue::default()),
-        ("odd-root", Rogue { declarations: "char _1as_0lib_1header_0root_bmodule_bloader[4096] = {1, 2, 3};", ..Rogue::default() }),
-        ("missing-symbol", Rogue { declarations: "extern void nowhere(void); void (*needed)(void) = nowhere;", ..Rogue::default() }),
+        (
+            "odd-root",
+            Rogue { declarations: "char _1as_0lib_1header_0root_bmodule_bloader[4096] = {1, 2, 3};", ..Rogue::default() },
+        ),
+        (
+            "missing-symbol",
+            Rogue { declarations: "extern void nowhere(void); void (*needed)(void) = nowhere;", ..Rogue::default() },
+        ),
         ("aborts", Rogue { initialiser: "write(2, \"no further\\n\", 11); abort();", ..Rogue::default() }),
         ("exits", Rogue { initialiser: "_exit(0);", ..Rogue::default() }),
     ];
@@ -97,7 +106,10 @@ async fn bad_files_are_told_apart_and_the_good_plugin_serves() {
         let found = async || (!said_of(&node.log(), id).is_empty()).then_some(());
         fabstir_tests::eventually(&format!("an error about {id} is logged"), LIMIT, found).await;
         let said = said_of(&node.log(), id);
-        assert!(said.contains(&format!("error[{code}]")) && said.contains(words), "{id}: {code} and {words:?} were expected in\n{said}");
+        assert!(
+            said.contains(&format!("error[{code}]")) && said.contains(words),
+            "{id}: {code} and {words:?} were expected in\n{said}"
+        );
     }
     assert_eq!(node.models().await, ["echo"]);
     assert!(node.workers().len() == 1, "{:?}", node.workers());
@@ -111,7 +123,11 @@ fn doctor_names_the_step_and_the_code_of_every_bad_file() {
     let ran = place.run(&["plugin", "doctor"]);
     assert_eq!(ran.code, 1, "{ran:#?}");
     for (id, code, words) in &expected {
-        assert!(ran.out.contains(id) && ran.out.contains(code) && ran.out.contains(words), "{id}: {code}, {words:?}\n{}", ran.out);
+        assert!(
+            ran.out.contains(id) && ran.out.contains(code) && ran.out.contains(words),
+            "{id}: {code}, {words:?}\n{}",
+            ran.out
+        );
     }
     let ran = place.run(&["plugin", "doctor", "echo"]);
     assert_eq!(ran.code, 0, "{ran:#?}");
@@ -172,7 +188,9 @@ fn check_runs_the_conformance_suite_on_a_file() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn locked_files_are_loaded_and_changed_ones_are_not() {
-    let place = Place::new("[plugins]\ndirs = ['own']\ntrust.policy = 'known'\n[[plugin]]\nid = 'echo'\nuse = 'own/libinference_echo.so'\n");
+    let place = Place::new(
+        "[plugins]\ndirs = ['own']\ntrust.policy = 'known'\n[[plugin]]\nid = 'echo'\nuse = 'own/libinference_echo.so'\n",
+    );
     let bytes = std::fs::read(library("inference-echo")).expect("the plugin can be read");
     let file = place.file("own/libinference_echo.so", &bytes);
     let ran = place.run(&["plugin", "doctor", "echo"]);
@@ -279,7 +297,10 @@ async fn plugins_that_go_wrong_while_they_start_are_told_and_the_good_one_serves
     ] {
         fabstir_tests::eventually(id, LIMIT, async || (!said_of(&node.log(), id).is_empty()).then_some(())).await;
         let said = said_of(&node.log(), id);
-        assert!(said.contains(&format!("error[{code}")) && said.contains(words), "{id}: {code} and {words:?} were expected in\n{said}");
+        assert!(
+            said.contains(&format!("error[{code}")) && said.contains(words),
+            "{id}: {code} and {words:?} were expected in\n{said}"
+        );
         assert_eq!(node.ask("echo", "one two").await, "one two");
     }
 }
@@ -292,7 +313,8 @@ async fn a_plugin_that_takes_the_node_along_is_not_started_again_by_the_next_one
     let node = node.relaunch(&[]);
     node.healthy().await;
     assert_eq!(node.ask("echo", "without it").await, "without it");
-    node.logged(&["error[P608]", "the node ended last time while plugin `bad` was being started", "isolation = \"process\""]).await;
+    node.logged(&["error[P608]", "the node ended last time while plugin `bad` was being started", "isolation = \"process\""])
+        .await;
     assert_eq!(node.models().await, ["echo"]);
 }
 

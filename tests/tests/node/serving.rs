@@ -22,7 +22,10 @@ async fn the_default_model_knows_the_capital_of_france() {
     assert_eq!(whole.finish(), "stop");
     let usage = &whole.body["usage"];
     assert!(usage["prompt_tokens"].as_u64() > Some(0) && usage["completion_tokens"].as_u64() > Some(0), "{usage}");
-    assert_eq!(usage["total_tokens"].as_u64(), Some(usage["prompt_tokens"].as_u64().unwrap() + usage["completion_tokens"].as_u64().unwrap()));
+    assert_eq!(
+        usage["total_tokens"].as_u64(),
+        Some(usage["prompt_tokens"].as_u64().unwrap() + usage["completion_tokens"].as_u64().unwrap())
+    );
 
     let told = node.stream(with(body.clone(), json!({ "stream_options": { "include_usage": true } }))).await.rest().await;
     assert!(told.is_whole(), "{told:?}");
@@ -30,7 +33,8 @@ async fn the_default_model_knows_the_capital_of_france() {
     assert!(told.pieces > 1, "the answer did not come piece by piece: {told:?}");
     assert_eq!(told.usage.expect("it was asked for")["completion_tokens"], usage["completion_tokens"]);
 
-    let completion = node.post("/v1/completions", &json!({ "model": "tiny-chat", "prompt": "Once", "max_tokens": 4, "temperature": 0 })).await;
+    let completion =
+        node.post("/v1/completions", &json!({ "model": "tiny-chat", "prompt": "Once", "max_tokens": 4, "temperature": 0 })).await;
     assert_eq!((completion.status, completion.body["usage"]["completion_tokens"].as_u64()), (200, Some(4)), "{completion:#?}");
 }
 
@@ -58,7 +62,12 @@ async fn the_default_model_obeys_its_settings() {
     let others = [node.chat(&seeded(8)).await, node.chat(&seeded(9)).await];
     assert!(others.iter().any(|other| other.content() != first.content()), "the seed changes nothing");
 
-    let json = node.chat(&with(chat("tiny-chat", "Name a colour, as JSON."), json!({ "response_format": { "type": "json_object" }, "max_tokens": 200 }))).await;
+    let json = node
+        .chat(&with(
+            chat("tiny-chat", "Name a colour, as JSON."),
+            json!({ "response_format": { "type": "json_object" }, "max_tokens": 200 }),
+        ))
+        .await;
     assert_eq!(json.status, 200, "{json:#?}");
     if json.finish() == "stop" {
         serde_json::from_str::<Value>(json.content()).unwrap_or_else(|error| panic!("{error}: {json:#?}"));
@@ -70,7 +79,8 @@ async fn the_default_model_obeys_its_settings() {
     let data = embedded.body["data"].as_array().expect("a list");
     assert_eq!(data.len(), 2);
     for vector in data {
-        let squares: f64 = vector["embedding"].as_array().expect("a vector").iter().map(|x| x.as_f64().expect("a number").powi(2)).sum();
+        let squares: f64 =
+            vector["embedding"].as_array().expect("a vector").iter().map(|x| x.as_f64().expect("a number").powi(2)).sum();
         assert!((squares - 1.0).abs() < 1e-3, "its length is {}", squares.sqrt());
     }
     assert_ne!(data[0]["embedding"], data[1]["embedding"]);
@@ -80,7 +90,11 @@ async fn the_default_model_obeys_its_settings() {
 async fn echo_says_the_prompt_back_whole_and_in_pieces() {
     let node = Node::start(&echo("context = 64")).await;
     let models = node.get("/v1/models").await;
-    assert_eq!((models.body["object"].as_str(), models.body["data"][0]["object"].as_str()), (Some("list"), Some("model")), "{models:#?}");
+    assert_eq!(
+        (models.body["object"].as_str(), models.body["data"][0]["object"].as_str()),
+        (Some("list"), Some("model")),
+        "{models:#?}"
+    );
     assert_eq!(node.get("/v1/models/echo").await.body["id"], "echo");
 
     let whole = node.chat(&chat("echo", "one two  three\n")).await;
@@ -89,7 +103,8 @@ async fn echo_says_the_prompt_back_whole_and_in_pieces() {
     let told = node.stream(chat("echo", "one two  three\n")).await.rest().await;
     assert_eq!((told.text.as_str(), told.pieces, told.usage.clone()), ("one two  three\n", 4, None), "{told:?}");
     assert!(told.is_whole());
-    let told = node.stream(with(chat("echo", "one two"), json!({ "stream_options": { "include_usage": true } }))).await.rest().await;
+    let told =
+        node.stream(with(chat("echo", "one two"), json!({ "stream_options": { "include_usage": true } }))).await.rest().await;
     let usage = told.usage.as_ref().expect("it was asked for");
     let counts = ["prompt_tokens", "completion_tokens", "total_tokens"].map(|key| usage[key].as_u64());
     assert_eq!(counts, [Some(2), Some(2), Some(4)], "{told:?}");
@@ -108,7 +123,11 @@ async fn wrong_requests_are_refused_by_name() {
     let node = Node::start(&echo("context = 8")).await;
     let over = node.chat(&chat("echo", "1 2 3 4 5 6 7 8 9 10")).await;
     assert!(over.refusal(400, "context_length_exceeded").contains("context of 8"), "{over:#?}");
-    let over = node.try_stream(chat("echo", "1 2 3 4 5 6 7 8 9 10")).await.err().expect("a stream that cannot begin is refused before it does");
+    let over = node
+        .try_stream(chat("echo", "1 2 3 4 5 6 7 8 9 10"))
+        .await
+        .err()
+        .expect("a stream that cannot begin is refused before it does");
     over.refusal(400, "context_length_exceeded");
     let unknown = node.chat(&chat("gpt-9", "hello")).await;
     assert!(unknown.refusal(404, "model_not_found").contains("gpt-9"), "{unknown:#?}");
@@ -122,9 +141,11 @@ async fn wrong_requests_are_refused_by_name() {
     node.get("/nowhere").await.refusal(404, "unknown_url");
     node.get("/v1/chat/completions").await.refusal(405, "method_not_allowed");
 
-    let (head, body) = raw(&node, "POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 5\r\n\r\nhello");
+    let (head, body) =
+        raw(&node, "POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 5\r\n\r\nhello");
     assert!(head.starts_with("HTTP/1.1 400") && body["error"]["code"] == "invalid_json", "{head}\n{body}");
-    let (head, body) = raw(&node, "POST /v1/chat/completions HTTP/1.1\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\n{}");
+    let (head, body) =
+        raw(&node, "POST /v1/chat/completions HTTP/1.1\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\n{}");
     assert!(head.starts_with("HTTP/1.1 415") && body["error"]["type"] == "invalid_request_error", "{head}\n{body}");
     assert_eq!(node.ask("echo", "still here").await, "still here");
 }
@@ -165,14 +186,21 @@ async fn a_body_of_100_mb_is_refused_and_takes_no_memory() {
     let before = node.memory();
     for head in ["content-length: 104857600", "transfer-encoding: chunked"] {
         let mut socket = connect(&node);
-        write!(socket, "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{head}\r\n\r\n")
-            .expect("the node takes the head");
+        write!(
+            socket,
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{head}\r\n\r\n"
+        )
+        .expect("the node takes the head");
         let reader = socket.try_clone().expect("a socket can be shared");
         let reading = std::thread::spawn(move || answer(reader));
         let block = vec![b'x'; 1 << 20];
         for _ in 0..100 {
             let chunked = head.starts_with("transfer");
-            let sent = if chunked { write!(socket, "100000\r\n").and_then(|()| socket.write_all(&block)).and_then(|()| write!(socket, "\r\n")) } else { socket.write_all(&block) };
+            let sent = if chunked {
+                write!(socket, "100000\r\n").and_then(|()| socket.write_all(&block)).and_then(|()| write!(socket, "\r\n"))
+            } else {
+                socket.write_all(&block)
+            };
             if sent.is_err() {
                 // The node has answered and hung up.
                 break;

@@ -1,7 +1,7 @@
 //! The engine's thread: several generations in one batch.
 //!
-//! Every step takes one token of each generation that is answering, and then up to a chunk of prompt tokens of those that are still
-//! reading. So a long prompt delays the others by one chunk at a time, and whoever leaves is gone after one step.
+//! Every step takes one token of each generation that is answering, and then up to a chunk of prompt tokens of those that are
+//! still reading. So a long prompt delays the others by one chunk at a time, and whoever leaves is gone after one step.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -1,7 +1,7 @@
 //! Vectors for texts: a context of its own, on a thread of its own, from the first time that someone asks.
 //!
-//! A text is read in chunks like a prompt, and the vectors of its tokens are pooled here. So the buffers stay small however long the
-//! text is: llama.cpp's own pooling needs the whole text in one batch.
+//! A text is read in chunks like a prompt, and the vectors of its tokens are pooled here. So the buffers stay small however long
+//! the text is: llama.cpp's own pooling needs the whole text in one batch.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,7 +1,7 @@
 //! How many CPU threads to compute on.
 //!
 //! The threads of a step wait for each other at every layer. A small model waits longer than it computes and runs several times
-//! faster on one thread than on two; a large one needs all cores. The number of cores does not say which, so a few steps are timed.
+//! faster on one thread than on two; a large one needs all cores. The number of cores does not tell, so a few steps are timed.
 
 use std::thread;
 use std::time::{Duration, Instant};
