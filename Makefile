@@ -32,7 +32,7 @@ build: check-rust build-packages ## Builds the node and the plugins, and locks t
 
 test: build test-packages nextest clients ## Runs every test, against the built node and real plugins.
 	$(CARGO) build --release --package inference-faulty
-	$(CARGO) nextest run --cargo-profile release --workspace
+	$(CARGO) nextest run --cargo-profile release --workspace --exclude fabstir-benches
 	$(CARGO) test --release --doc --package fabstir-plugin-api
 
 bench: build ## Measures the plugin boundary and the speed of answers, beside their floors.

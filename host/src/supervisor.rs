@@ -33,6 +33,7 @@ mod start;
 pub mod worker;
 
 pub use connection::{Connected, host_session};
+pub use start::isolation;
 
 use board::Board;
 use keeper::{Command, Keeper};

@@ -14,7 +14,7 @@ use fabstir_plugin_api::plugin::Plugin;
 use fabstir_plugin_api::session::{Incoming, Role, Serve, ServeFuture, Session};
 use fabstir_plugin_api::{ipc, library};
 use parking_lot::Mutex;
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Child;
 use tokio::sync::{Notify, watch};
 
@@ -32,6 +32,9 @@ pub fn host_session(id: &str) -> Session {
 
 /// Lines that a worker's end is explained with: what broke is often followed by where.
 const LAST_WORDS: usize = 3;
+
+/// Bytes of a line that are read at once.
+const LONGEST_LINE: u64 = 64 << 10;
 
 type LastWords = Arc<Mutex<VecDeque<String>>>;
 
@@ -174,16 +177,19 @@ fn signal_name(signal: i32) -> &'static str {
 }
 
 async fn log_lines(pipe: impl AsyncRead + Unpin, id: String, last: LastWords) {
-    let mut lines = BufReader::new(pipe).split(b'\n');
-    while let Ok(Some(line)) = lines.next_segment().await {
-        let line: String = String::from_utf8_lossy(&line).trim_end().chars().take(500).collect();
-        if !line.is_empty() {
-            tracing::debug!(target: "plugin", plugin = %id, "{line}");
+    let mut pipe = BufReader::new(pipe);
+    let mut line = Vec::new();
+    // A line without an end is cut, so that it cannot fill the node's memory.
+    while let Ok(1..) = (&mut pipe).take(LONGEST_LINE).read_until(b'\n', &mut line).await {
+        let text: String = String::from_utf8_lossy(&line).trim_end().chars().take(500).collect();
+        line.clear();
+        if !text.is_empty() {
+            tracing::debug!(target: "plugin", plugin = %id, "{text}");
             let mut last = last.lock();
             if last.len() == LAST_WORDS {
                 last.pop_front();
             }
-            last.push_back(line);
+            last.push_back(text);
         }
     }
 }

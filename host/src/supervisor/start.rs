@@ -7,6 +7,7 @@ use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::Interface;
+use fabstir_plugin_api::manifest::Manifest;
 use fabstir_plugin_api::plugin::{Configure, Health};
 
 use super::{Connected, Shared, State};
@@ -44,12 +45,6 @@ pub(super) struct StartError {
 }
 
 impl Shared {
-    /// Where the plugin runs if the operator does not say: a fault in inference code must not take the node along.
-    fn isolation(entry: &PluginEntry, artifact: &Artifact) -> Isolation {
-        let computes = artifact.manifest.provides.iter().any(|provided| provided.kind == <dyn Inference as Interface>::KIND);
-        entry.isolation.unwrap_or(if computes { Isolation::Process } else { Isolation::InProcess })
-    }
-
     /// Starts a generation of `entry`, from `known` if the file was checked before. `progress` hears what it is doing.
     pub(super) async fn start(
         &self,
@@ -79,7 +74,7 @@ impl Shared {
         let limit = Duration::from_millis(entry.limits.start_timeout_ms);
         let deadline = Instant::now() + limit;
         progress(State::Starting { doing: "starting".into(), percent: None });
-        let isolation = Self::isolation(entry, artifact);
+        let isolation = isolation(entry, &artifact.manifest);
         let suspect = match isolation {
             Isolation::InProcess => Some(Suspect::mark(self, entry, artifact)?),
             Isolation::Process => None,
@@ -146,7 +141,7 @@ impl Shared {
             let again = error.code != Code::InvalidArgument;
             (not_started(entry, "P503", "its configuration was refused", error), again)
         })?;
-        let serves = artifact.manifest.provides.iter().any(|provided| provided.kind == <dyn Inference as Interface>::KIND);
+        let serves = infers(&artifact.manifest);
         let in_flight = InFlight::new(entry.limits.in_flight);
         let generation = self.next_generation();
         if !serves {
@@ -182,6 +177,15 @@ impl Shared {
         let route = InferenceRoute { plugin: entry.id.clone(), generation, models, inference, in_flight: in_flight.clone() };
         Ok((Some(Arc::new(route)), in_flight, generation, degraded))
     }
+}
+
+fn infers(manifest: &Manifest) -> bool {
+    manifest.provides.iter().any(|provided| provided.kind == <dyn Inference as Interface>::KIND)
+}
+
+/// Where a plugin runs: as the operator says, or else so that a fault in inference code does not take the node along.
+pub fn isolation(entry: &PluginEntry, manifest: &Manifest) -> Isolation {
+    entry.isolation.unwrap_or(if infers(manifest) { Isolation::Process } else { Isolation::InProcess })
 }
 
 /// Shows how far a model's load is, until dropped.

@@ -8,6 +8,7 @@
 //! | `!hang` | every thread of the plugin's runtime is blocked for ever |
 //! | `!allocate` | memory is taken without end |
 //! | `!flood` | text without end, as fast as it is taken |
+//! | `!shout` | bytes without end, and without the end of a line, on standard error |
 //! | `!error` | the stream ends with an error |
 //! | `!vanish` | the stream ends without its last chunk |
 //! | `!garbage`, `!frames`, `!overrun` | see [`wire`]; only in a worker |
@@ -109,6 +110,7 @@ async fn speak(prompt: String, delay: Duration, sender: Sender<Chunk>, _slot: Ow
                     "flood" => loop {
                         sender.send(text(&"flood ".repeat(100))).await?;
                     },
+                    "shout" => wire::shout(),
                     "garbage" => wire::garbage(),
                     "frames" => wire::frames(),
                     "overrun" => wire::overrun(),

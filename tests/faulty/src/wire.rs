@@ -1,12 +1,20 @@
-//! What no plugin built with the SDK would send: bytes written past it, to the worker's connection with the node.
+//! Bytes written past the SDK: to the worker's standard error, and to its connection with the node.
 
-use std::io;
+use std::io::{self, Write};
 
 use fabstir_plugin_api::frame::{Kind, Writer};
 use fabstir_plugin_api::inference::{Chunk, Text};
 
 /// The worker's socket is its standard input.
 const SOCKET: libc::c_int = 0;
+
+/// One line on standard error that never ends.
+pub fn shout() -> ! {
+    loop {
+        // Whoever does not listen is shouted at all the same.
+        let _ = io::stderr().write_all(&[b'a'; 4096]);
+    }
+}
 
 /// Bytes that are no frames.
 pub fn garbage() -> ! {

@@ -10,6 +10,7 @@ use super::super::{Failure, print};
 use super::table;
 use crate::config::{Config, Isolation, PluginEntry};
 use crate::loader::{LoadError, Loader, inspect};
+use crate::supervisor::isolation;
 
 pub fn list(config: &Config, json: bool) -> Result<(), Failure> {
     let loader = Loader::new(config);
@@ -60,11 +61,13 @@ fn row(entry: &PluginEntry, found: &Found) -> [String; 7] {
         Ok((_, manifest)) => (manifest.version.clone(), kinds(manifest), manifest.description.clone()),
         Err(error) => ("-".into(), "-".into(), format!("{}: {}", error.code, error.message)),
     };
-    let runs_in = match entry.isolation {
+    let runs_in = match found {
         _ if !entry.enabled => "(off)",
-        Some(Isolation::Process) => "process",
-        Some(Isolation::InProcess) => "node",
-        None => "default",
+        Err(_) => "-",
+        Ok((_, manifest)) => match isolation(entry, manifest) {
+            Isolation::Process => "process",
+            Isolation::InProcess => "node",
+        },
     };
     [entry.id.clone(), entry.use_.clone(), version, kind, runs_in.into(), entry.rank.to_string(), what]
 }
