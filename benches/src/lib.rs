@@ -3,7 +3,9 @@
 //! Everything that is compared runs in the same process and in turns, A B C A B C, so that a change of the machine's speed meets all
 //! alike. What is quoted is the median over the rounds and its ratio to the floor of the same run.
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,10 @@ use fabstir_plugin_api::inference::{Format, Generation, Inference, Input, Sampli
 use fabstir_plugin_api::interface::Interface;
 use fabstir_plugin_api::plugin::{Configure, Plugin};
 
+pub mod answer;
+pub mod cpu;
 pub mod floor;
+pub mod model;
 pub mod table;
 
 /// A plugin's end, however it is reached.
@@ -125,6 +130,17 @@ where
 pub fn become_worker_if_asked() {
     if std::env::args().nth(1).as_deref() == Some(fabstir_host::supervisor::worker::SUBCOMMAND) {
         fabstir_host::supervisor::worker::main();
+    }
+}
+
+/// Lets OpenMP's threads sleep where they wait for each other, as the node does. This program links OpenMP, which has read its
+/// environment before `main`, so the program starts over.
+pub fn wait_passively() {
+    const POLICY: &str = "OMP_WAIT_POLICY";
+    if std::env::var_os(POLICY).is_none() {
+        let program = std::env::current_exe().expect("a running program has a path");
+        let error = Command::new(program).args(std::env::args_os().skip(1)).env(POLICY, "passive").exec();
+        panic!("this program cannot start over: {error}");
     }
 }
 

@@ -35,6 +35,10 @@ impl Rounds {
         median(&mut self.values[candidate].clone())
     }
 
+    pub fn percentile(&self, candidate: usize, p: f64) -> f64 {
+        percentile(&mut self.values[candidate].clone(), p)
+    }
+
     /// The median over the rounds of a candidate's ratio to the first in the same round.
     pub fn ratio(&self, candidate: usize) -> f64 {
         let mut ratios: Vec<f64> =
@@ -58,6 +62,14 @@ impl Rounds {
             );
         }
     }
+}
+
+/// Prints what the figures were taken on: cores and how busy they are.
+pub fn print_machine() {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: Vec<&str> = load.split_whitespace().take(3).collect();
+    println!("\nmachine: {cores} cores, load average {}", load.join(" "));
 }
 
 /// Prints a bar of the project beside what was measured.

@@ -246,7 +246,7 @@ impl Scheduler {
                 let rest = asked.unwrap_or(HOLD_BACK).clamp(Duration::from_millis(1), HOLD_BACK_MOST);
                 self.state.lock().queue.hold_back(held.lane.clone(), now + rest);
             }
-            Code::Unavailable | Code::Panicked | Code::Protocol | Code::Cancelled if job.retries_left > 0 => {
+            Code::Unavailable | Code::Protocol | Code::Cancelled if job.retries_left > 0 => {
                 job.retries_left -= 1;
                 job.avoid.push(Avoided {
                     plugin: held.lane.plugin.clone(),

@@ -19,6 +19,9 @@ use tokio::sync::Notify;
 use crate::abi::{Blob, Closed, Frame, Port, Received};
 use crate::frame::{Inbox, MAX_BLOB, MAX_BLOBS, MAX_HEAD};
 
+/// The reason that `inbox` is closed with when the peer ends without a goodbye.
+pub const ENDED: &str = "the worker process ended";
+
 const GOODBYE: u32 = u32::MAX;
 /// Bytes that may wait for a peer that does not read. Credit keeps a healthy peer far below.
 const MAX_QUEUED: usize = 1 << 30;
@@ -183,7 +186,7 @@ async fn read(reader: OwnedReadHalf, inbox: &Arc<dyn Inbox>) -> String {
                 }
             }
             Ok(Incoming::Goodbye(reason)) => return reason,
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return "the worker process ended".into(),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return ENDED.into(),
             Err(error) => return format!("the connection to the worker process broke: {error}"),
         }
     }

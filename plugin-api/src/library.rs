@@ -18,6 +18,11 @@ pub enum OpenError {
     Root(#[from] RootError),
 }
 
+/// The dynamic loader's own words, which libloading keeps one level down.
+fn said(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), |cause| cause.to_string())
+}
+
 /// Opens a library with all its symbols resolved and visible to nobody else, and checks its port layout.
 ///
 /// The library stays open until the process ends: nothing that runs threads can be unloaded safely. Opening the same path again
@@ -28,7 +33,7 @@ pub enum OpenError {
 pub unsafe fn open(path: &Path) -> Result<Root, OpenError> {
     // SAFETY: the caller answers for what the file's initialisers do.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
-        .map_err(|error| OpenError::Load { path: path.into(), reason: error.to_string() })?;
+        .map_err(|error| OpenError::Load { path: path.into(), reason: said(&error) })?;
     let library = std::mem::ManuallyDrop::new(library);
     // SAFETY: the symbol's address is read, not what it points to.
     let symbol = unsafe { library.get::<*const std::ffi::c_void>(Root::SYMBOL) }

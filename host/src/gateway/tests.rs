@@ -331,7 +331,7 @@ async fn models_are_listed_and_found_with_slashes() {
     let list: Value = node.get("/v1/models").await.json().await.expect("JSON");
     assert_eq!(list["object"], "list");
     let ids: Vec<&str> = list["data"].as_array().expect("a list").iter().filter_map(|model| model["id"].as_str()).collect();
-    assert_eq!(ids, ["n", "org/m"]);
+    assert_eq!(ids, ["org/m", "n"]);
     for path in ["/v1/models/org/m", "/v1/models/org%2Fm"] {
         let one: Value = node.get(path).await.json().await.expect("JSON");
         assert_eq!((&one["object"], &one["owned_by"]), (&json!("model"), &json!("a")));

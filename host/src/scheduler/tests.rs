@@ -298,13 +298,21 @@ async fn overloaded_goes_back_to_the_front() {
 
 #[tokio::test]
 async fn a_failure_before_output_moves_to_the_next_route() {
-    for code in [Code::Unavailable, Code::Panicked] {
+    for code in [Code::Unavailable, Code::Protocol] {
         for step in [Step::Refuse(PluginError::new(code, "gone")), Step::Break(&[], PluginError::new(code, "gone"))] {
             let (scheduler, _routes) =
                 scheduler(4, [route("a", 1, "m", 1, Script::of([step])), route("b", 1, "m", 1, Script::default())]);
             assert_eq!(ask(&scheduler, "hello").await.as_deref(), Ok("ok"));
         }
     }
+}
+
+#[tokio::test]
+async fn a_panic_is_told_and_not_tried_again() {
+    let panic = Step::Refuse(PluginError::new(Code::Panicked, "gone"));
+    let (scheduler, _routes) =
+        scheduler(4, [route("a", 1, "m", 1, Script::of([panic])), route("b", 1, "m", 1, Script::default())]);
+    assert_eq!(ask(&scheduler, "hello").await.expect_err("the same request would panic again").code, Code::Panicked);
 }
 
 #[tokio::test]

@@ -126,8 +126,11 @@ impl Connected {
             && let Some(mut exit) = self.exit.clone()
         {
             let known = tokio::time::timeout(Duration::from_secs(1), exit.wait_for(Option::is_some)).await;
-            if let Ok(Ok(exit)) = known {
-                return exit.clone().unwrap_or(reason);
+            if let Ok(Ok(exit)) = known
+                && let Some(exit) = &*exit
+            {
+                // That the connection ended says nothing more; any other reason does.
+                return if reason == ipc::ENDED || reason == *exit { exit.clone() } else { format!("{reason}; {exit}") };
             }
         }
         reason

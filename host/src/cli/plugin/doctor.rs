@@ -102,6 +102,13 @@ async fn start(artifact: &Artifact, config: &Config, entry: &PluginEntry) -> Res
         }
         why = connected.failed() => Err(failed("P604", format!("the plugin ended while starting: {why}"))),
     };
+    let result = match result {
+        // The call may hear of the end before its cause is known.
+        Err(_) if connected.session.is_closed() => {
+            Err(failed("P604", format!("the plugin ended while starting: {}", connected.failed().await)))
+        }
+        result => result,
+    };
     if result.is_ok() {
         // The process is ended right after, whatever the answer is.
         let _ = connected.plugin.shutdown(&Cx::new().with_timeout(Duration::from_secs(10))).await;
