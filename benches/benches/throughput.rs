@@ -101,8 +101,7 @@ impl Subjects {
     fn ask(&mut self, candidate: usize, streams: usize, prompt: &str, tokens: u32) -> Vec<Answer> {
         let requests: Vec<Generation> = (0..streams).map(|_| self.request(prompt, tokens)).collect();
         let answers: Vec<Answer> = if candidate == ENGINE {
-            let answers: Vec<_> =
-                requests.iter().map(|request| from_engine(&self.engine, &self.processes, request)).collect();
+            let answers: Vec<_> = requests.iter().map(|request| from_engine(&self.engine, &self.processes, request)).collect();
             answers.into_iter().map(|answer| answer.recv().expect("the engine answers")).collect()
         } else {
             let plugged = &self.plugged[candidate - ENGINE - 1];
@@ -144,10 +143,8 @@ fn from_plugged(runtime: &Runtime, plugged: &Plugged, processes: &Arc<Processes>
 
 /// Rounds until the time is up, each candidate once a round and every second round in the opposite order.
 fn measure(title: &str, names: &[&'static str], time: Duration, mut run: impl FnMut(usize) -> Speed) -> [Rounds; 2] {
-    let mut tables = [
-        Rounds::new(format!("{title}, by CPU time"), "t/s", names),
-        Rounds::new(format!("{title}, by the clock"), "t/s", names),
-    ];
+    let mut tables =
+        [Rounds::new(format!("{title}, by CPU time"), "t/s", names), Rounds::new(format!("{title}, by the clock"), "t/s", names)];
     let began = Instant::now();
     for round in 0.. {
         if round >= LEAST_ROUNDS && began.elapsed() > time {

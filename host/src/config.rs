@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 mod file;
+mod levels;
 mod merged;
 mod problem;
 mod schema;
@@ -24,6 +25,7 @@ mod sources;
 #[cfg(test)]
 mod tests;
 
+pub use levels::{LogLevels, PLUGIN};
 pub use problem::{Place, Problem, Problems};
 pub use size::Bytes;
 pub use sources::{Flag, Loaded, Setting, Sources};
@@ -255,7 +257,7 @@ pub struct PluginEntry {
     /// Example: `isolation = "in-process"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation: Option<Isolation>,
-    /// Among plugins that serve the same model the highest that is ready is used.
+    /// Among plugins that serve the same model the highest with a free slot is used.
     ///
     /// Default: `0`.
     /// Example: `rank = 100`.

@@ -90,6 +90,21 @@ impl Loader {
         Ok(Checked { source, copy, sha256, manifest })
     }
 
+    /// Whether an artifact's copy is what it was, and still trusted. Reads the whole file: not for an async task.
+    pub fn check_again(&self, artifact: &Artifact) -> Result<(), LoadError> {
+        let bytes = inspect::read(&artifact.copy)?;
+        let hash = trust::check(&self.plugins.trust, &artifact.source, &bytes, &artifact.manifest)?;
+        match hash == artifact.sha256 {
+            true => Ok(()),
+            false => {
+                Err(LoadError::new(Step::Trust, "P308", format!("the private copy {} was changed", display(&artifact.copy)))
+                    .note("expected", &artifact.sha256)
+                    .note("found", hash)
+                    .fix("find out who writes to the node's data folder, then start the plugin again"))
+            }
+        }
+    }
+
     /// The whole pipeline for one entry.
     pub async fn prepare(&self, entry: &PluginEntry) -> Result<Artifact, LoadError> {
         let (loader, use_) = (self.clone(), entry.use_.clone());

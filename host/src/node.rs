@@ -1,10 +1,12 @@
 //! The node: every part started in its order, and ended in the reverse.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{Config, Problems};
 use crate::gateway::{self, ServeError};
@@ -33,7 +35,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     std::fs::create_dir_all(&folder).map_err(|error| NodeError::DataDir { folder, error })?;
     let mut terminate = signal(SignalKind::terminate()).map_err(NodeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::Signals)?;
-    let mut hangup = signal(SignalKind::hangup()).map_err(NodeError::Signals)?;
+    let hangup = signal(SignalKind::hangup()).map_err(NodeError::Signals)?;
 
     let drain = Duration::from_millis(config.node.drain_timeout_ms);
     let supervisor = Supervisor::new(config.clone());
@@ -49,17 +51,17 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     // Plugins start once it is certain that the node can serve.
     supervisor.start();
     // The one line on standard output: for people, and for programs that asked for port 0.
-    println!("Listening on http://{}", serving.address);
-    announce(&supervisor);
-
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            // A replacement may take as long as a model loads: signals are heard meanwhile.
-            _ = hangup.recv() => drop(tokio::spawn(reload(supervisor.clone(), reread.clone()))),
-        }
+    if let Err(error) = writeln!(std::io::stdout(), "Listening on http://{}", serving.address) {
+        tracing::warn!(%error, "Nobody reads standard output.");
     }
+    announce(&supervisor);
+    let reloads = AbortOnDropHandle::new(tokio::spawn(reload_on(hangup, supervisor.clone(), reread)));
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    drop(reloads);
     tracing::info!("Draining: running requests may end, new ones are refused.");
     stop.cancel();
     let end = async {
@@ -88,18 +90,21 @@ fn announce(supervisor: &Supervisor) {
     });
 }
 
-async fn reload(supervisor: Supervisor, reread: Reread) {
-    let config = match reread() {
-        Ok(config) => config,
-        Err(problems) => {
-            tracing::error!("The configuration was not applied.\n{problems}");
-            return;
-        }
-    };
-    for reloaded in supervisor.reload(config).await {
-        match reloaded.result {
-            Ok(outcome) => tracing::info!(plugin = %reloaded.id, outcome, "Configuration applied."),
-            Err(error) => tracing::error!(plugin = %reloaded.id, "The plugin goes on as it was.\n{error}"),
+/// Applies the configuration at each SIGHUP, one after the other.
+async fn reload_on(mut hangup: Signal, supervisor: Supervisor, reread: Reread) {
+    while hangup.recv().await.is_some() {
+        let config = match reread() {
+            Ok(config) => config,
+            Err(problems) => {
+                tracing::error!("The configuration was not applied.\n{problems}");
+                continue;
+            }
+        };
+        for reloaded in supervisor.reload(config).await {
+            match reloaded.result {
+                Ok(outcome) => tracing::info!(plugin = %reloaded.id, outcome, "Configuration applied."),
+                Err(error) => tracing::error!(plugin = %reloaded.id, "The plugin goes on as it was.\n{error}"),
+            }
         }
     }
 }

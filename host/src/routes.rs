@@ -83,10 +83,6 @@ impl InFlight {
         self.ended.notify_waiters();
     }
 
-    pub fn is_draining(&self) -> bool {
-        self.word.load(Ordering::Acquire) & DRAINING != 0
-    }
-
     /// How many are inside.
     pub fn count(&self) -> u64 {
         self.word.load(Ordering::Acquire) & !DRAINING

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fabstir_plugin_api::context::Cx;
@@ -60,7 +60,7 @@ pub enum State {
     },
     Draining,
     Stopped,
-    /// Given up until its entry or its file changes.
+    /// Given up until the configuration is read again.
     Quarantined {
         why: String,
     },
@@ -93,6 +93,18 @@ pub struct Status {
     pub generation: u64,
 }
 
+impl Status {
+    fn metrics(&self) -> String {
+        let (state, generation) = (self.state.name(), self.generation);
+        format!(
+            "# TYPE fabstir_plugin_state gauge\n# HELP fabstir_plugin_state The state that the plugin is in.\n\
+             fabstir_plugin_state{{state=\"{state}\"}} 1\n\
+             # TYPE fabstir_plugin_generation gauge\n# HELP fabstir_plugin_generation The instance that serves, counted over the node.\n\
+             fabstir_plugin_generation {generation}\n# EOF\n"
+        )
+    }
+}
+
 /// All plugins of a node. Clones are the same.
 #[derive(Clone)]
 pub struct Supervisor(Arc<Shared>);
@@ -102,11 +114,12 @@ struct Shared {
     config: RwLock<Config>,
     board: Arc<Board>,
     keepers: Mutex<BTreeMap<String, Handle>>,
+    /// Set under the lock of `keepers`: no more are added.
+    closing: AtomicBool,
     generation: AtomicU64,
 }
 
 struct Handle {
-    entry: PluginEntry,
     commands: mpsc::Sender<Command>,
     task: JoinHandle<()>,
 }
@@ -129,6 +142,7 @@ impl Supervisor {
             loader: RwLock::new(Loader::new(&config)),
             board: Arc::new(board),
             keepers: Mutex::default(),
+            closing: AtomicBool::new(false),
             generation: AtomicU64::new(0),
             config: RwLock::new(config),
         }))
@@ -142,12 +156,17 @@ impl Supervisor {
         }
     }
 
+    /// Starts a keeper, unless the node is ending.
     fn add(&self, entry: PluginEntry) {
+        let mut keepers = self.0.keepers.lock();
+        if self.0.closing.load(Ordering::Acquire) {
+            return;
+        }
         self.0.board.post(&entry, State::Declared);
         let (commands, receiver) = mpsc::channel(4);
-        let keeper = Keeper::new(self.0.clone(), entry.clone(), receiver);
-        let task = tokio::spawn(keeper.run());
-        self.0.keepers.lock().insert(entry.id.clone(), Handle { entry, commands, task });
+        let id = entry.id.clone();
+        let task = tokio::spawn(Keeper::new(self.0.clone(), entry, receiver).run());
+        keepers.insert(id, Handle { commands, task });
     }
 
     /// Changes whenever a plugin becomes ready, drains, dies or is replaced.
@@ -159,48 +178,47 @@ impl Supervisor {
         self.0.board.status()
     }
 
-    /// Applies another configuration: new entries start, missing ones end, and every other one is replaced by a new generation if
-    /// its entry or its file has changed. A replacement that fails leaves the old one running.
+    /// Applies what another configuration says of plugins: new entries start, missing ones end, and every other one is replaced by a
+    /// new generation if its entry or its file has changed. A replacement that fails leaves the old one running. To be called once
+    /// at a time.
     pub async fn reload(&self, config: Config) -> Vec<Reloaded> {
+        let config = {
+            let mut present = self.0.config.write();
+            present.plugins = config.plugins;
+            present.plugin = config.plugin;
+            present.node.drain_timeout_ms = config.node.drain_timeout_ms;
+            present.clone()
+        };
         *self.0.loader.write() = Loader::new(&config);
-        *self.0.config.write() = config.clone();
-        let mut results = Vec::new();
         let wanted: Vec<PluginEntry> = config.plugin.into_iter().filter(|entry| entry.enabled).collect();
         let gone: Vec<String> = {
             let keepers = self.0.keepers.lock();
             keepers.keys().filter(|id| !wanted.iter().any(|entry| entry.id == **id)).cloned().collect()
         };
-        for id in gone {
+        let removals = gone.into_iter().map(|id| async move {
             self.remove(&id).await;
-            results.push(Reloaded { id, result: Ok("stopped") });
-        }
-        for entry in wanted {
-            let id = entry.id.clone();
-            let commands = self.0.keepers.lock().get(&id).map(|handle| handle.commands.clone());
-            let result = match commands {
-                None => {
-                    self.add(entry);
-                    Ok("started")
-                }
-                Some(commands) => {
-                    let (answer, result) = oneshot::channel();
-                    let sent = commands.send(Command::Replace(Box::new(entry.clone()), answer)).await;
-                    match (sent, result.await) {
-                        (Ok(()), Ok(result)) => {
-                            if result.is_ok()
-                                && let Some(handle) = self.0.keepers.lock().get_mut(&id)
-                            {
-                                handle.entry = entry;
-                            }
-                            result
-                        }
-                        _ => Ok("stopping"),
-                    }
-                }
-            };
-            results.push(Reloaded { id, result });
-        }
+            Reloaded { id, result: Ok("stopped") }
+        });
+        let changes = wanted.into_iter().map(|entry| self.apply(entry));
+        let (mut results, changed) = tokio::join!(futures::future::join_all(removals), futures::future::join_all(changes));
+        results.extend(changed);
         results
+    }
+
+    async fn apply(&self, entry: PluginEntry) -> Reloaded {
+        let id = entry.id.clone();
+        let commands = self.0.keepers.lock().get(&id).map(|handle| handle.commands.clone());
+        let Some(commands) = commands else {
+            self.add(entry);
+            return Reloaded { id, result: Ok("started") };
+        };
+        let (answer, result) = oneshot::channel();
+        let sent = commands.send(Command::Replace(Box::new(entry), answer)).await;
+        let result = match (sent, result.await) {
+            (Ok(()), Ok(result)) => result,
+            _ => Ok("stopping"),
+        };
+        Reloaded { id, result }
     }
 
     async fn remove(&self, id: &str) {
@@ -213,20 +231,25 @@ impl Supervisor {
         }
     }
 
-    /// Drains and ends every plugin, at most for the configured time each, all at the same time.
+    /// Drains and ends every plugin, at most for the configured time each, all at the same time. Nothing starts afterwards.
     pub async fn shutdown(&self) {
-        let ids: Vec<String> = self.0.keepers.lock().keys().cloned().collect();
+        let ids: Vec<String> = {
+            let keepers = self.0.keepers.lock();
+            self.0.closing.store(true, Ordering::Release);
+            keepers.keys().cloned().collect()
+        };
         futures::future::join_all(ids.iter().map(|id| self.remove(id))).await;
     }
 
-    /// The metrics of every running plugin, as id and OpenMetrics text.
+    /// The metrics of every plugin, as id and OpenMetrics text: its state, and what it tells itself while it runs.
     pub async fn metrics(&self) -> Vec<(String, String)> {
         let running = self.0.board.running();
+        let states = self.status().into_iter().map(|status| (status.id.clone(), status.metrics()));
         let texts = running.into_iter().map(|(id, connected)| async move {
             let cx = Cx::new().with_timeout(Duration::from_secs(1));
             connected.plugin.metrics(&cx).await.ok().map(|text| (id, text))
         });
-        futures::future::join_all(texts).await.into_iter().flatten().collect()
+        states.chain(futures::future::join_all(texts).await.into_iter().flatten()).collect()
     }
 }
 

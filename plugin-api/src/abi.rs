@@ -96,8 +96,7 @@ impl RootModule for PluginRootRef {
     abi_stable::declare_root_module_statics! { PluginRootRef }
     const BASE_NAME: &'static str = "fabstir_plugin";
     const NAME: &'static str = "fabstir_plugin";
-    // The port layout's own version: it moves only if the types above do.
-    const VERSION_STRINGS: VersionStrings = VersionStrings::new("1.0.0");
+    const VERSION_STRINGS: VersionStrings = VersionStrings::new(crate::manifest::PORT_VERSION);
 }
 
 /// An owned frame on this side of the boundary.

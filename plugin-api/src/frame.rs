@@ -9,7 +9,7 @@
 //! | `m` | method, `kind.name` | `call` |
 //! | `d` | milliseconds left for the call | `call` |
 //! | `t` | W3C `traceparent` | `call` |
-//! | `n` | items in `b`, or items of credit granted | `item`, `call`, `reply`, `credit` |
+//! | `n` | items in `b`, or items of credit granted | `item`, `call`, `credit` |
 //! | `e` | MessagePack of a `PluginError`, as bytes | `reply`, `end` |
 //! | `b` | the body: MessagePack values one after the other, as bytes | `call`, `reply`, `item`, `log` |
 //!
@@ -29,7 +29,9 @@ use crate::error::{PluginError, Result};
 /// The largest head, in bytes. Larger values travel as blobs or in several items.
 pub const MAX_HEAD: usize = 16 << 20;
 /// The largest blob, in bytes.
-pub const MAX_BLOB: usize = 1 << 30;
+pub const MAX_BLOB: usize = 512 << 20;
+/// The longest message of an error, in bytes; a longer one is cut.
+const MAX_MESSAGE: usize = 64 << 10;
 /// The most blobs in one frame.
 pub const MAX_BLOBS: usize = 1024;
 
@@ -63,7 +65,7 @@ pub enum Kind {
     End,
     /// Leave to send more items.
     Credit,
-    /// The caller has given up.
+    /// From the caller: it has given up. From the one who serves: it reads no more of the caller's stream.
     Cancel,
     /// A log record.
     Log,
@@ -177,7 +179,11 @@ impl Writer {
     }
 
     pub fn error(mut self, error: &PluginError) -> Self {
-        let bytes = rmp_serde::to_vec_named(error).unwrap_or_default();
+        let mut error = error.clone();
+        if error.message.len() > MAX_MESSAGE {
+            error.message = error.message.chars().take(MAX_MESSAGE / 4).collect();
+        }
+        let bytes = rmp_serde::to_vec_named(&error).unwrap_or_default();
         self.key("e");
         write::write_bin(&mut self.frame.head, &bytes).expect(EXPECT_VEC);
         self

@@ -20,7 +20,7 @@ use crate::stream::Stream;
 pub trait Inference: Send + Sync {
     /// The models this plugin can serve with its present configuration, loaded or not.
     ///
-    /// Called after the plugin became ready and again whenever the host is asked for its models; answers from memory.
+    /// Called once after `configure`; answers from memory.
     async fn models(&self, cx: &Cx) -> Result<Vec<Model>>;
 
     /// Makes a model ready to generate and says what it takes. Loading a loaded model returns at once with the same answer.

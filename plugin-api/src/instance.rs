@@ -44,18 +44,13 @@ pub fn parse_config<T: DeserializeOwned>(json: &str) -> Result<T> {
 
 /// Starts an instance that talks to `host`, and returns what the host talks to.
 pub fn connect<A: Author>(host: Port) -> std::result::Result<Arc<dyn Inbox>, String> {
-    // The runtime's threads need the sink, the sink needs the session, and the session needs the runtime.
-    let late: Arc<OnceLock<Arc<Sink>>> = Arc::default();
-    let threads = late.clone();
+    let sink = Arc::<Sink>::default();
+    let threads = sink.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
         .thread_name(A::ABOUT.name)
-        .on_thread_start(move || {
-            if let Some(sink) = threads.get() {
-                logging::enter_thread(sink.clone());
-            }
-        })
+        .on_thread_start(move || logging::enter_thread(threads.clone()))
         .enable_all()
         .build()
         .map_err(|error| format!("no runtime could be started: {error}"))?;
@@ -63,7 +58,7 @@ pub fn connect<A: Author>(host: Port) -> std::result::Result<Arc<dyn Inbox>, Str
     let state = Arc::new(State::<A> {
         plugin: RwLock::new(None),
         host: OnceLock::new(),
-        sink: OnceLock::new(),
+        sink: sink.clone(),
         configuring: AtomicBool::new(false),
         draining: AtomicBool::new(false),
         running: Arc::default(),
@@ -71,10 +66,8 @@ pub fn connect<A: Author>(host: Port) -> std::result::Result<Arc<dyn Inbox>, Str
         session: OnceLock::new(),
     });
     let session = Session::new(Role::Plugin, Arc::new(Instance(state.clone())), handle);
-    let sink = Sink::new(session.downgrade());
-    // The three cells are empty: nothing has run yet.
-    let _ = late.set(sink.clone());
-    let _ = state.sink.set(sink.clone());
+    sink.attach(session.downgrade());
+    // The cell is empty: nothing has run yet.
     let _ = state.session.set(session.downgrade());
     logging::started(sink);
     session.attach(host);
@@ -87,7 +80,7 @@ struct State<A: Author> {
     /// Gone once the instance has ended.
     plugin: RwLock<Option<Arc<A::Plugin>>>,
     host: OnceLock<Host>,
-    sink: OnceLock<Arc<Sink>>,
+    sink: Arc<Sink>,
     configuring: AtomicBool,
     draining: AtomicBool,
     running: Arc<Running>,
@@ -119,9 +112,7 @@ impl<A: Author> State<A> {
 
     fn stop_runtime(&self) {
         let Some(runtime) = self.runtime.lock().take() else { return };
-        if let Some(sink) = self.sink.get() {
-            logging::ended(sink);
-        }
+        logging::ended(&self.sink);
         let plugin = self.plugin.write().take();
         // A runtime may not be dropped on one of its own threads, and the author's `Drop` may not run on the host's.
         let stop = move || {
@@ -200,23 +191,16 @@ impl<A: Author> Plugin for State<A> {
         if self.configuring.swap(true, Ordering::AcqRel) {
             return Err(PluginError::invalid("an instance is configured once"));
         }
-        if let Some(sink) = self.sink.get() {
-            sink.set_level(&configure.log_level);
-        }
+        let mut attempt = Attempt { configuring: &self.configuring, failed: true };
+        self.sink.set_level(&configure.log_level);
         let host = Host::new(configure.instance, configure.state_dir);
         std::fs::create_dir_all(host.state_dir())?;
-        match A::init(host.clone(), configure.config).await {
-            Ok(plugin) => {
-                // Empty: `configuring` lets one through.
-                let _ = self.host.set(host);
-                let _ = self.plugin.write().replace(Arc::new(plugin));
-                Ok(())
-            }
-            Err(error) => {
-                self.configuring.store(false, Ordering::Release);
-                Err(error)
-            }
-        }
+        let plugin = A::init(host.clone(), configure.config).await?;
+        attempt.failed = false;
+        // Both are empty: `configuring` lets one through.
+        let _ = self.host.set(host);
+        let _ = self.plugin.write().replace(Arc::new(plugin));
+        Ok(())
     }
 
     async fn health(&self, _: &Cx) -> Result<Health> {
@@ -254,6 +238,20 @@ impl<A: Author> Plugin for State<A> {
         match tokio::time::timeout(Duration::from_secs(10), plugin.shutdown()).await {
             Ok(()) => Ok(()),
             Err(_) => Err(PluginError::internal("the plugin's shutdown did not end within 10 seconds")),
+        }
+    }
+}
+
+/// Allows another `configure` after one that failed, panicked or was given up.
+struct Attempt<'a> {
+    configuring: &'a AtomicBool,
+    failed: bool,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.failed {
+            self.configuring.store(false, Ordering::Release);
         }
     }
 }

@@ -86,14 +86,16 @@ fn compare(path: &str, old: &serde_json::Value, new: &serde_json::Value, found: 
     use serde_json::Value;
     match (old, new) {
         (Value::Object(old), Value::Object(new)) => {
+            // Below these, keys are names that an interface chose; elsewhere they are words of the schema.
+            let names = ["/properties", "/types", "/methods"].iter().any(|end| path.ends_with(end));
             for (key, value) in old {
-                if matches!(key.as_str(), "description" | "title" | "doc" | "version" | "default") {
+                if !names && matches!(key.as_str(), "description" | "title" | "doc" | "version" | "default") {
                     continue;
                 }
                 let path = format!("{path}/{key}");
                 match new.get(key) {
                     None => found.push(format!("{path} was removed")),
-                    Some(Value::Array(now)) if key == "required" => {
+                    Some(Value::Array(now)) if !names && key == "required" => {
                         if let Value::Array(before) = value {
                             for name in now.iter().filter(|name| !before.contains(name)) {
                                 found.push(format!("{path}: {name} became required"));
@@ -107,7 +109,7 @@ fn compare(path: &str, old: &serde_json::Value, new: &serde_json::Value, found: 
                 }
             }
             for (key, value) in new {
-                let requires = key == "required" && value.as_array().is_some_and(|names| !names.is_empty());
+                let requires = !names && key == "required" && value.as_array().is_some_and(|names| !names.is_empty());
                 if requires && !old.contains_key(key) {
                     found.push(format!("{path}/required appeared: {value}"));
                 }
@@ -168,6 +170,9 @@ mod tests {
         assert_eq!(changed(|new| new["types"]["X"]["properties"]["a"]["type"] = json!("integer")).len(), 1);
         assert_eq!(changed(|new| new["types"]["X"]["required"] = json!(["a", "b"])).len(), 1);
         assert_eq!(changed(|new| new["methods"]["go"]["params"][0]["name"] = json!("y")).len(), 1);
+        let versioned = json!({ "types": { "X": { "properties": { "version": { "type": "string" } } } } });
+        let retyped = json!({ "types": { "X": { "properties": { "version": { "type": "integer" } } } } });
+        assert_eq!(breaking_changes(&versioned, &retyped).len(), 1);
     }
 
     #[test]

@@ -212,7 +212,7 @@ async fn read_frame(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Incomin
         lengths.push(reader.read_u32_le().await? as usize);
     }
     if lengths.iter().sum::<usize>() > MAX_BLOB {
-        return Err(over_limit("a frame announces more than 1 GiB of blobs".into()));
+        return Err(over_limit("a frame announces more than 512 MiB of blobs".into()));
     }
     let head = read_bytes(reader, head as usize).await?;
     let mut blobs = Vec::with_capacity(count);

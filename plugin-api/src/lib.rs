@@ -53,7 +53,8 @@
 //! What an author can rely on:
 //! - Code of a plugin runs only on the plugin's own runtime, never on a thread of the host.
 //! - A dropped call or stream on the caller's side drops the method's future, closes its senders and sets `cx.is_cancelled()`.
-//! - A panic ends the call that panicked, with [`Code::Panicked`], and nothing else.
+//! - A panic ends the call that panicked, with [`Code::Panicked`](error::Code::Panicked). An instance that panics again and again is
+//!   started anew.
 //! - A stream's producer waits while its consumer is behind.
 //! - Every method may be called from many tasks at once.
 

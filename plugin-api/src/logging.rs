@@ -5,8 +5,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Write as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
-use crate::session::WeakSession;
+use crate::session::{Session, WeakSession};
 
 /// One log event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,14 +38,22 @@ impl Record {
 }
 
 /// Where one instance's events go.
+#[derive(Default)]
 pub(crate) struct Sink {
-    session: WeakSession,
+    /// Set once the session exists, which needs the threads that already know the sink.
+    session: OnceLock<WeakSession>,
     level: AtomicUsize,
 }
 
 impl Sink {
-    pub(crate) fn new(session: WeakSession) -> Arc<Self> {
-        Arc::new(Self { session, level: AtomicUsize::new(3) })
+    pub(crate) fn attach(&self, session: WeakSession) {
+        // A sink is attached once, where an instance is made.
+        let _ = self.session.set(session);
+        self.level.store(level_number("info"), Ordering::Relaxed);
+    }
+
+    fn session(&self) -> Option<Session> {
+        self.session.get().and_then(WeakSession::upgrade)
     }
 
     pub(crate) fn set_level(&self, name: &str) {
@@ -107,7 +115,12 @@ pub fn install() {
         let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(ToHost));
         std::panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(|place| format!("{}:{}", place.file(), place.line()));
-            tracing::error!(place = place.as_deref().unwrap_or("unknown"), "{PANICKED}");
+            // Past the level and the author's own subscriber, if any: the host counts panics.
+            if let Some(session) = current().and_then(|sink| sink.session()) {
+                let fields = vec![("place".to_owned(), place.clone().unwrap_or_else(|| "unknown".into()))];
+                let target = module_path!().to_owned();
+                session.log(&Record { level: 1, target, message: PANICKED.to_owned(), fields });
+            }
             let _ = PANIC_PLACE.try_with(|cell| cell.set(place));
         }));
     });
@@ -136,7 +149,7 @@ impl<S: Subscriber> Layer<S> for ToHost {
             fields: Vec::new(),
         };
         event.record(&mut Fields(&mut record));
-        if let Some(session) = sink.session.upgrade() {
+        if let Some(session) = sink.session() {
             session.log(&record);
         }
     }

@@ -37,8 +37,8 @@ pub struct Manifest {
     pub provides: Vec<Provided>,
 }
 
-/// The port layout's version; see [`crate::abi`].
-pub const PORT_VERSION: &str = "1.0";
+/// The port layout's version: it moves only if the types of [`crate::abi`] do.
+pub const PORT_VERSION: &str = "1.0.0";
 
 /// What `#[plugin]` knows of a plugin.
 #[derive(Debug, Clone, Copy)]

@@ -25,7 +25,7 @@ pub trait Plugin: Send + Sync {
     /// `InvalidArgument` when the configuration does not fit the schema: the message names the key. Or whatever `init` returned.
     async fn configure(&self, cx: &Cx, configure: Configure) -> Result<()>;
 
-    /// How the instance is. Called every few seconds; answers at once.
+    /// How the instance is. Called every few seconds, and several times a second while a model loads; answers at once.
     async fn health(&self, cx: &Cx) -> Result<Health>;
 
     /// Returns its payload. The host's heartbeat, and the null call of the benches.

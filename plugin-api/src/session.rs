@@ -165,8 +165,11 @@ impl Session {
     pub(crate) fn log(&self, record: &Record) {
         let mut writer = Writer::new(Kind::Log, 0);
         if writer.value(record).is_ok() {
-            // A closed session has nobody to log to.
-            let _ = self.0.send(writer.finish());
+            let frame = writer.finish();
+            if frame.head.len() <= crate::frame::MAX_HEAD {
+                // A closed session has nobody to log to.
+                let _ = self.0.send(frame);
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::session::RemoteStream;
 /// A sequence of items that arrive over time and may end with an error.
 ///
 /// Dropping a stream tells its producer to stop. A consumer that does not read holds the producer back: nothing piles up.
-/// After the first `Err` and after `None` a stream is over.
+/// A consumer stops at the first `Err` and at `None`: what a producer sends after an error is lost.
 pub struct Stream<T>(Source<T>);
 
 enum Source<T> {

@@ -1,6 +1,5 @@
 //! The log of a running node: to standard error, for people or as JSON lines.
 
-use std::collections::HashMap;
 use std::fmt::Debug;
 use std::io::IsTerminal;
 
@@ -13,9 +12,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, fmt};
 
 use super::Failure;
-
-/// The target of everything that plugins say. Which plugin it was is in the event's field `plugin`.
-const PLUGIN: &str = "plugin";
+use crate::config::{LogLevels, PLUGIN};
 
 /// Starts the log with the configuration's filter.
 pub fn start(filter: &str, json: bool) -> Result<(), Failure> {
@@ -33,34 +30,13 @@ pub fn start(filter: &str, json: bool) -> Result<(), Failure> {
 /// told apart by a field, which [`EnvFilter`] cannot do for events.
 struct Levels {
     targets: EnvFilter,
-    plugins: HashMap<String, LevelFilter>,
-    /// For plugins that the filter does not name.
-    other_plugins: LevelFilter,
+    levels: LogLevels,
 }
 
 impl Levels {
     fn parse(filter: &str) -> Result<Self, tracing_subscriber::filter::ParseError> {
-        let mut plugins = HashMap::new();
-        let mut other_plugins = None;
-        let mut general = LevelFilter::OFF;
-        let mut targets = Vec::new();
-        for part in filter.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-            let (target, level) = part.rsplit_once('=').unwrap_or(("", part));
-            match (target.strip_prefix("plugin::"), level.trim().parse::<LevelFilter>()) {
-                (Some(id), Ok(level)) => {
-                    plugins.insert(id.to_string(), level);
-                    continue;
-                }
-                (None, Ok(level)) if target == PLUGIN => other_plugins = Some(level),
-                (None, Ok(level)) if target.is_empty() => general = level,
-                _ => {}
-            }
-            targets.push(part.to_string());
-        }
-        let other_plugins = other_plugins.unwrap_or(general);
-        let most = plugins.values().copied().chain([other_plugins]).max().unwrap_or(other_plugins);
-        targets.push(format!("{PLUGIN}={most}"));
-        Ok(Self { targets: EnvFilter::builder().parse(targets.join(","))?, plugins, other_plugins })
+        let levels = LogLevels::parse(filter);
+        Ok(Self { targets: EnvFilter::builder().parse(&levels.targets)?, levels })
     }
 }
 
@@ -83,7 +59,7 @@ impl<S: Subscriber> Filter<S> for Levels {
         }
         let mut id = PluginId(String::new());
         event.record(&mut id);
-        *event.metadata().level() <= self.plugins.get(&id.0).copied().unwrap_or(self.other_plugins)
+        *event.metadata().level() <= self.levels.of_plugin(&id.0)
     }
 }
 

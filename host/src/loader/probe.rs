@@ -18,7 +18,7 @@ const MAX_ANSWER: u64 = 4 << 20;
 /// Asks the copy for its description. The answer lies beside the copy afterwards, and the next time is read from there: the copy's
 /// folder is named by its hash, so the answer cannot be another file's.
 pub(super) async fn probe(source: &Path, copy: &Path, limit: Duration) -> Result<Description, LoadError> {
-    let remembered = copy.with_extension("json");
+    let remembered = copy.with_file_name(".description");
     if let Ok(text) = tokio::fs::read(&remembered).await
         && let Ok(description) = serde_json::from_slice(&text)
     {

@@ -67,16 +67,20 @@ fn unknown(path: &str, key: &str, known: &Map<String, Value>) -> Finding {
     (format!("unknown key `{path}.{key}`"), nearest)
 }
 
-/// Follows a `$ref` within the schema, and the one alternative of an `anyOf` that is not null.
-fn target<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
-    if let Some(path) = schema["$ref"].as_str().and_then(|path| path.strip_prefix('#')) {
-        return root.pointer(path).map_or(schema, |schema| target(root, schema));
+/// Follows a `$ref` within the schema, and the one alternative of an `anyOf` that is not null; not for ever, since the schema is the
+/// plugin's own text.
+fn target<'a>(root: &'a Value, mut schema: &'a Value) -> &'a Value {
+    for _ in 0..32 {
+        let referred = schema["$ref"].as_str().and_then(|path| path.strip_prefix('#')).and_then(|path| root.pointer(path));
+        let alternatives =
+            schema["anyOf"].as_array().map(|all| all.iter().filter(|one| one["type"] != "null").collect::<Vec<_>>());
+        schema = match (referred, alternatives.as_deref()) {
+            (Some(referred), _) => referred,
+            (None, Some([only])) => only,
+            _ => return schema,
+        };
     }
-    let alternatives = schema["anyOf"].as_array().map(|all| all.iter().filter(|one| one["type"] != "null").collect::<Vec<_>>());
-    match alternatives.as_deref() {
-        Some([only]) => target(root, only),
-        _ => schema,
-    }
+    schema
 }
 
 #[cfg(test)]
@@ -84,6 +88,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_schema_that_refers_to_itself_ends() {
+        for schema in [json!({ "$ref": "#" }), json!({ "anyOf": [{ "$ref": "#" }] })] {
+            let mut found = Vec::new();
+            walk(&schema, &schema, &json!({ "a": { "b": [1] } }), "config", &mut found);
+            assert_eq!(found, []);
+        }
+    }
 
     #[test]
     fn an_unknown_key_is_named_with_its_path_and_the_nearest_one() {

@@ -52,7 +52,7 @@ pub struct Connected {
 impl Connected {
     /// Opens the library in this process and starts an instance.
     pub fn in_process(file: &Path, id: &str) -> std::result::Result<Self, LoadError> {
-        // SAFETY: the operator trusts this file, its manifest was read and, in the node, a child process has opened it before.
+        // SAFETY: the operator's policy lets this file run, and its manifest was read.
         let root = unsafe { library::open(file) }
             .map_err(|error| LoadError::new(Step::Connect, "P601", format!("the plugin cannot be opened: {error}")))?;
         let end = End::new(id);
@@ -145,6 +145,14 @@ impl Connected {
             // Killed processes end.
             let _ = tokio::time::timeout(Duration::from_secs(5), exit.wait_for(Option::is_some)).await;
         }
+    }
+}
+
+impl Drop for Connected {
+    /// An instance that nobody holds any more, as when its start is interrupted, must not run on.
+    fn drop(&mut self) {
+        self.session.close("the instance was given up");
+        self.kill.notify_one();
     }
 }
 

@@ -13,7 +13,7 @@ use super::budget::Budget;
 use super::start::{Running, StartError};
 use super::{Shared, State};
 use crate::config::PluginEntry;
-use crate::loader::{Artifact, LoadError};
+use crate::loader::{Artifact, LoadError, Step};
 
 /// How often a running plugin is asked how it is.
 const HEARTBEAT: Duration = Duration::from_secs(3);
@@ -22,9 +22,11 @@ const MISSED: u32 = 3;
 
 pub(super) enum Command {
     /// Take this entry over as a new generation, if it or its file differs.
-    Replace(Box<PluginEntry>, oneshot::Sender<Result<&'static str, LoadError>>),
+    Replace(Box<PluginEntry>, Answer),
     Stop,
 }
+
+type Answer = oneshot::Sender<Result<&'static str, LoadError>>;
 
 pub(super) struct Keeper {
     shared: Arc<Shared>,
@@ -114,7 +116,7 @@ impl Keeper {
             }
             None => {
                 let faults = self.budget.faults();
-                tracing::error!(plugin = %self.entry.id, why, faults, "The plugin is quarantined until its entry or file changes.");
+                tracing::error!(plugin = %self.entry.id, why, faults, "The plugin is quarantined until the configuration is read again.");
                 self.shared.board.withdraw(&self.entry, State::Quarantined { why });
                 let command = self.commands.recv().await;
                 self.interrupted(command)
@@ -124,51 +126,112 @@ impl Keeper {
 
     /// Watches a generation until it fails or the keeper ends. A replacement takes its place without leaving this function.
     async fn running(&mut self, mut running: Running) -> Next {
+        let mut pulse = Pulse { missed: 0, shown: running.state() };
         loop {
             let connected = running.connected.clone();
-            let why = tokio::select! {
-                why = connected.failed() => why,
-                why = heartbeat(self.shared.clone(), self.entry.clone(), &running) => why,
-                command = self.commands.recv() => match command {
-                    Some(Command::Replace(entry, answer)) => {
-                        let result = self.replace(&mut running, *entry).await;
-                        let _ = answer.send(result);
-                        continue;
-                    }
-                    Some(Command::Stop) | None => {
-                        self.shared.board.withdraw(&self.entry, State::Draining);
-                        retire(self.shared.clone(), self.entry.id.clone(), running).await;
-                        return Next::End;
-                    }
-                },
+            let command = tokio::select! {
+                why = connected.failed() => return self.fallen(running, why).await,
+                why = heartbeat(&self.shared, &self.entry, &running, &mut pulse) => return self.fallen(running, why).await,
+                command = self.commands.recv() => command,
             };
-            running.in_flight.drain();
-            self.shared.board.withdraw(&self.entry, State::Restarting { why: why.clone(), in_ms: 0 });
-            running.connected.end(&why, Duration::from_millis(100)).await;
-            return self.after_fault(why, true, Some(running.artifact)).await;
+            match command {
+                Some(Command::Replace(entry, answer)) => {
+                    running = match self.replace(running, *entry, answer).await {
+                        Ok(running) => running,
+                        Err(next) => return next,
+                    };
+                    pulse = Pulse { missed: 0, shown: running.state() };
+                    self.shared.board.post(&self.entry, running.state());
+                }
+                Some(Command::Stop) | None => return self.stop(running).await,
+            }
         }
     }
 
-    async fn replace(&mut self, running: &mut Running, entry: PluginEntry) -> Result<&'static str, LoadError> {
-        let loader = self.shared.loader.read().clone();
-        let artifact = loader.prepare(&entry).await?;
-        let same = artifact.sha256 == running.artifact.sha256 && same_instance(&entry, &self.entry);
-        if same {
-            self.entry = entry;
-            self.shared.board.publish(&self.entry, running);
-            return Ok("unchanged");
-        }
-        let shared = self.shared.clone();
-        // The old generation serves meanwhile: its state stays on the board.
-        let next = shared.start(&entry, Some(artifact), &|_| {}).await.map_err(|failed| failed.error)?;
-        self.entry = entry;
-        self.budget = Budget::default();
-        self.shared.board.publish(&self.entry, &next);
-        let old = std::mem::replace(running, next);
-        tracing::info!(plugin = %self.entry.id, generation = running.generation, "A new generation has taken over.");
-        self.retiring.spawn(retire(self.shared.clone(), self.entry.id.clone(), old));
-        Ok("replaced")
+    async fn stop(&mut self, running: Running) -> Next {
+        self.shared.board.withdraw(&self.entry, State::Draining);
+        retire(self.shared.clone(), self.entry.id.clone(), running).await;
+        Next::End
     }
+
+    /// Takes a generation that cannot go on out of service.
+    async fn fallen(&mut self, running: Running, why: String) -> Next {
+        running.in_flight.drain();
+        self.shared.board.withdraw(&self.entry, State::Restarting { why: why.clone(), in_ms: 0 });
+        running.connected.end(&why, Duration::from_millis(100)).await;
+        self.after_fault(why, true, Some(running.artifact)).await
+    }
+
+    /// Starts a new generation while the old one serves. Returns the one that serves afterwards, or what comes if none does.
+    async fn replace(&mut self, mut running: Running, entry: PluginEntry, answer: Answer) -> Result<Running, Next> {
+        let connected = running.connected.clone();
+        let (hash, old) = (running.artifact.sha256.clone(), self.entry.clone());
+        let next = successor(self.shared.clone(), entry.clone(), old, hash);
+        tokio::pin!(next);
+        let mut fallen = None;
+        let result = loop {
+            tokio::select! {
+                result = &mut next => break result,
+                why = connected.failed(), if fallen.is_none() => {
+                    running.in_flight.drain();
+                    self.shared.board.withdraw(&self.entry, State::Restarting { why: why.clone(), in_ms: 0 });
+                    fallen = Some(why);
+                }
+                command = self.commands.recv() => match command {
+                    Some(Command::Replace(_, answer)) => {
+                        let busy = LoadError::new(Step::Connect, "P610", "a replacement is under way");
+                        // Whoever asked may have left.
+                        let _ = answer.send(Err(busy.fix("ask again when it has ended")));
+                    }
+                    // What is starting ends with its future.
+                    Some(Command::Stop) | None => return Err(self.stop(running).await),
+                },
+            }
+        };
+        let outcome = match result {
+            Ok(Some(new)) => {
+                self.entry = entry;
+                self.budget = Budget::default();
+                self.shared.board.publish(&self.entry, &new);
+                let old = std::mem::replace(&mut running, new);
+                fallen = None;
+                tracing::info!(plugin = %self.entry.id, generation = running.generation, "A new generation has taken over.");
+                while self.retiring.try_join_next().is_some() {}
+                self.retiring.spawn(retire(self.shared.clone(), self.entry.id.clone(), old));
+                Ok("replaced")
+            }
+            Ok(None) => {
+                self.entry = entry;
+                Ok("unchanged")
+            }
+            Err(error) => Err(error),
+        };
+        let _ = answer.send(outcome);
+        match fallen {
+            Some(why) => Err(self.fallen(running, why).await),
+            None => {
+                // The rank may have changed, which orders the routes.
+                self.shared.board.publish(&self.entry, &running);
+                Ok(running)
+            }
+        }
+    }
+}
+
+/// The generation that is to follow; `None` when nothing but the rank differs.
+async fn successor(
+    shared: Arc<Shared>,
+    entry: PluginEntry,
+    old: PluginEntry,
+    hash: String,
+) -> Result<Option<Running>, LoadError> {
+    let loader = shared.loader.read().clone();
+    let artifact = loader.prepare(&entry).await?;
+    if artifact.sha256 == hash && same_instance(&entry, &old) {
+        return Ok(None);
+    }
+    // The old generation serves meanwhile: its state stays on the board.
+    shared.start(&entry, Some(artifact), &|_| {}).await.map(Some).map_err(|failed| failed.error)
 }
 
 /// Whether two entries make the same instance: all but the rank, which only orders the routes.
@@ -180,10 +243,14 @@ fn same_instance(new: &PluginEntry, old: &PluginEntry) -> bool {
         && new_limits.in_flight == old_limits.in_flight
 }
 
+/// What the heartbeats have told so far.
+struct Pulse {
+    missed: u32,
+    shown: State,
+}
+
 /// Asks a plugin how it is, again and again; returns why it is to be started anew.
-async fn heartbeat(shared: Arc<Shared>, entry: PluginEntry, running: &Running) -> String {
-    let mut missed = 0;
-    let mut shown = running.state();
+async fn heartbeat(shared: &Shared, entry: &PluginEntry, running: &Running, pulse: &mut Pulse) -> String {
     loop {
         tokio::time::sleep(HEARTBEAT).await;
         let cx = Cx::new().with_timeout(HEARTBEAT);
@@ -196,7 +263,8 @@ async fn heartbeat(shared: Arc<Shared>, entry: PluginEntry, running: &Running) -
             Ok(Health::Degraded { reason }) => State::Degraded { why: reason },
             Ok(_) => running.state(),
             Err(error) => {
-                missed += 1;
+                pulse.missed += 1;
+                let missed = pulse.missed;
                 tracing::warn!(plugin = %entry.id, missed, %error, "The plugin did not answer a heartbeat.");
                 if missed >= MISSED {
                     return format!("it did not answer {MISSED} heartbeats: {error}");
@@ -204,10 +272,10 @@ async fn heartbeat(shared: Arc<Shared>, entry: PluginEntry, running: &Running) -
                 continue;
             }
         };
-        missed = 0;
-        if state != shown {
-            shared.board.post(&entry, state.clone());
-            shown = state;
+        pulse.missed = 0;
+        if state != pulse.shown {
+            shared.board.post(entry, state.clone());
+            pulse.shown = state;
         }
     }
 }

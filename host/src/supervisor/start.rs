@@ -11,7 +11,7 @@ use fabstir_plugin_api::manifest::Manifest;
 use fabstir_plugin_api::plugin::{Configure, Health};
 
 use super::{Connected, Shared, State};
-use crate::config::{Isolation, PluginEntry};
+use crate::config::{Isolation, LogLevels, PluginEntry};
 use crate::loader::{Artifact, LoadError, Step};
 use crate::routes::{InFlight, InferenceRoute, ServedModel};
 
@@ -54,7 +54,14 @@ impl Shared {
     ) -> Result<Running, StartError> {
         let doing = |doing: &str| progress(State::Starting { doing: doing.to_owned(), percent: None });
         let artifact = match known {
-            Some(artifact) => artifact,
+            // A restart trusts the copy no more than the first start did.
+            Some(artifact) => {
+                let (loader, copy) = (self.loader.read().clone(), artifact.clone());
+                let checked = tokio::task::spawn_blocking(move || loader.check_again(&copy)).await;
+                let checked = checked.unwrap_or_else(|error| Err(failed("P307", format!("the copy cannot be checked: {error}"))));
+                checked.map_err(|error| StartError { error, again: false, artifact: None })?;
+                artifact
+            }
             None => {
                 doing("checking its file");
                 let loader = self.loader.read().clone();
@@ -75,8 +82,13 @@ impl Shared {
         let deadline = Instant::now() + limit;
         progress(State::Starting { doing: "starting".into(), percent: None });
         let isolation = isolation(entry, &artifact.manifest);
+        if isolation == Isolation::InProcess && entry.limits.memory.is_some() {
+            let error = failed("P611", format!("plugin `{}` has a memory limit and runs in the node", entry.id));
+            let fix = "set `isolation = \"process\"`, or remove `limits.memory`";
+            return Err((error.note("at", entry.origin.to_string()).fix(fix), false));
+        }
         let suspect = match isolation {
-            Isolation::InProcess => Some(Suspect::mark(self, entry, artifact)?),
+            Isolation::InProcess => Some(Arc::new(Suspect::mark(self, entry, artifact)?)),
             Isolation::Process => None,
         };
         let connected = match isolation {
@@ -86,8 +98,14 @@ impl Shared {
             }
             Isolation::InProcess => {
                 let (file, id) = (artifact.copy.clone(), entry.id.clone());
-                // Opening runs the file's initialisers: not on a thread that others wait for.
-                let opened = tokio::task::spawn_blocking(move || Connected::in_process(&file, &id));
+                // Opening runs the file's initialisers: not on a thread that others wait for. The note stays while it goes on,
+                // even if nobody waits any more.
+                let note = suspect.clone();
+                let opened = tokio::task::spawn_blocking(move || {
+                    let opened = Connected::in_process(&file, &id);
+                    drop(note);
+                    opened
+                });
                 match tokio::time::timeout(limit, opened).await {
                     Ok(Ok(opened)) => opened.map_err(|error| (error, false))?,
                     Ok(Err(error)) => return Err((failed("P601", format!("the plugin cannot be opened: {error}")), false)),
@@ -129,7 +147,7 @@ impl Shared {
         let cx = || Cx::new().with_deadline(Some(deadline));
         let (data_dir, log_level) = {
             let config = self.config.read();
-            (config.node.data_dir.clone(), plugin_level(&config.node.log, &entry.id))
+            (config.node.data_dir.clone(), LogLevels::parse(&config.node.log).of_plugin(&entry.id).to_string())
         };
         let configure = Configure {
             instance: entry.id.clone(),
@@ -225,14 +243,6 @@ fn not_started(entry: &PluginEntry, code: &'static str, what: &str, error: Plugi
     failed(code, format!("plugin `{}`: {what}: {error}", entry.id)).note("at", entry.origin.to_string())
 }
 
-/// The level that a log filter means for a plugin: `plugin::ID=level`, else the level without a target.
-fn plugin_level(filter: &str, id: &str) -> String {
-    let own = format!("plugin::{id}=");
-    let parts = || filter.split(',').map(str::trim);
-    let specific = parts().find_map(|part| part.strip_prefix(&own));
-    specific.or_else(|| parts().find(|part| !part.contains('='))).unwrap_or("info").to_owned()
-}
-
 /// A note on disk that a plugin is being started inside the node. It is taken back when the start has ended, well or badly; a note
 /// that is there at the next start names the plugin that took the node along.
 struct Suspect(std::path::PathBuf);
@@ -260,17 +270,5 @@ impl Drop for Suspect {
         if let Err(error) = std::fs::remove_file(&self.0) {
             tracing::warn!(%error, file = %self.0.display(), "A start's note could not be removed.");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_plugins_own_level_goes_before_the_general_one() {
-        assert_eq!(plugin_level("info,plugin::llama=debug", "llama"), "debug");
-        assert_eq!(plugin_level("warn,plugin::llama=debug", "echo"), "warn");
-        assert_eq!(plugin_level("hyper=trace", "echo"), "info");
     }
 }

@@ -27,26 +27,34 @@ pub(crate) fn command(file: &Path, arguments: &[&str]) -> std::io::Result<Comman
 /// Runs the worker: `plugin-worker FILE [--probe] [--memory=BYTES]`. Its connection to the node is its standard input.
 pub fn main() -> ExitCode {
     let (mut file, mut probe, mut memory) = (None, false, None);
-    for argument in std::env::args().skip(2) {
-        match argument.split_once('=') {
-            Some(("--memory", bytes)) => memory = bytes.parse().ok(),
-            _ if argument == "--probe" => probe = true,
-            _ => file = Some(PathBuf::from(argument)),
+    for argument in std::env::args_os().skip(2) {
+        match argument.to_str().and_then(|text| text.strip_prefix("--memory=")).map(str::parse) {
+            Some(Ok(bytes)) => memory = Some(bytes),
+            Some(Err(error)) => {
+                eprintln!("--memory is a number of bytes: {error}");
+                return ExitCode::from(2);
+            }
+            None if argument == "--probe" => probe = true,
+            None => file = Some(PathBuf::from(argument)),
         }
     }
     let Some(file) = file else {
         eprintln!("a worker needs the plugin's file; it is started by the node, not by hand");
         return ExitCode::from(2);
     };
+    if let Err(error) = end_with_parent() {
+        eprintln!("no thread could be started: {error}");
+        return ExitCode::FAILURE;
+    }
     // A terminal's Ctrl-C and a service manager's SIGTERM reach every process of the node at once. The node drains first, and ends
     // its workers after that by closing their connection.
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: ignoring a signal installs no code.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
-    limit(libc::RLIMIT_CORE, 0);
+    limit(libc::RLIMIT_CORE as u32, 0);
     if let Some(bytes) = memory {
-        limit(libc::RLIMIT_DATA, bytes);
+        limit(libc::RLIMIT_DATA as u32, bytes);
     }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -69,10 +77,23 @@ pub fn main() -> ExitCode {
     unsafe { libc::_exit(i32::from(result.is_err())) }
 }
 
-fn limit(resource: libc::__rlimit_resource_t, value: u64) {
+/// Ends this process soon after the node has ended, even while a plugin's initialiser holds the thread that would hear of it.
+fn end_with_parent() -> std::io::Result<()> {
+    let parent = std::os::unix::process::parent_id();
+    std::thread::Builder::new().name("parent-watch".into()).spawn(move || {
+        while std::os::unix::process::parent_id() == parent {
+            std::thread::sleep(std::time::Duration::from_millis(500));
+        }
+        // SAFETY: `_exit` only ends the process.
+        unsafe { libc::_exit(1) }
+    })?;
+    Ok(())
+}
+
+fn limit(resource: u32, value: u64) {
     let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
     // SAFETY: the structure lives through the call. A limit that cannot be set is the system's to refuse: lower ones always can.
-    let result = unsafe { libc::setrlimit(resource, &limit) };
+    let result = unsafe { libc::setrlimit(resource as _, &limit) };
     if result != 0 {
         eprintln!("a limit could not be set: {}", std::io::Error::last_os_error());
     }

@@ -70,7 +70,8 @@ impl Inner {
     }
 
     fn expire(&self, id: u64) {
-        if let Some(call) = self.outgoing.lock().remove(&id) {
+        let call = self.outgoing.lock().remove(&id);
+        if let Some(call) = call {
             // A closed session has cancelled everything already.
             let _ = self.send(Writer::new(Kind::Cancel, id).finish());
             call.fail(late("the call"));
@@ -125,7 +126,8 @@ impl Inner {
 
     /// Forgets a call that its caller has given up, and tells the other end.
     pub(super) fn abandon(&self, id: u64) {
-        if self.outgoing.lock().remove(&id).is_some() {
+        let call = self.outgoing.lock().remove(&id);
+        if call.is_some() {
             // A closed session has cancelled everything already.
             let _ = self.send(Writer::new(Kind::Cancel, id).finish());
         }
@@ -239,7 +241,7 @@ impl<'a> Request<'a> {
         }
         if let Some((items, credit)) = self.upload.take().zip(credit) {
             let (inner, id) = (self.inner.clone(), self.id);
-            let task = AbortOnDrop(self.inner.runtime.spawn(async move { pump(&inner, id, items, &credit).await }));
+            let task = AbortOnDrop(self.inner.runtime.spawn(upload(inner, id, items, credit)));
             if let Some(call) = self.inner.outgoing.lock().get_mut(&self.id) {
                 call.task = Some(task);
             }
@@ -251,6 +253,16 @@ impl<'a> Request<'a> {
             Ok(answer) => answer.map(|reader| (reader, guard)),
             Err(_) => Err(self.inner.gone()),
         }
+    }
+}
+
+/// Sends the stream that goes along with a call. A panic in it ends the stream with an error: the other end waits for its end.
+async fn upload(inner: Arc<Inner>, id: u64, items: Box<dyn ItemSource>, credit: Arc<Semaphore>) {
+    let sent = AssertUnwindSafe(pump(&inner, id, items, &credit)).catch_unwind().await;
+    if let Err(panic) = sent {
+        let error = super::serving::panicked(panic);
+        // A closed session ends the stream by itself.
+        let _ = inner.send(Writer::new(Kind::End, id).error(&error).finish());
     }
 }
 

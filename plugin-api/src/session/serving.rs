@@ -219,7 +219,7 @@ async fn run(job: Job) {
     };
     let work = AssertUnwindSafe(async { inner.serve.serve(call).await }).catch_unwind();
     let source = match bounded(&cx, work).await {
-        None => return,
+        None => return inner.refuse(id, ended_by_cancel()),
         Some(Ok(Outcome(Answer::Value(writer)))) => {
             let frame = writer.finish();
             if frame.head.len() > crate::frame::MAX_HEAD {
@@ -242,9 +242,15 @@ async fn run(job: Job) {
         pump(inner, id, source, &credit).await;
         Ok(())
     });
-    if let Some(Err(error)) = bounded(&cx, work.catch_unwind()).await {
+    if let Err(error) = bounded(&cx, work.catch_unwind()).await.unwrap_or_else(|| Err(ended_by_cancel())) {
         let _ = inner.send(Writer::new(Kind::End, id).error(&error).finish());
     }
+}
+
+/// What a cancelled call ends with. A caller that has cancelled it does not listen any more; one whose call the plugin's shutdown has
+/// cancelled does.
+fn ended_by_cancel() -> PluginError {
+    PluginError::unavailable("the plugin is shutting down")
 }
 
 /// Runs one stage of a call until it ends, panics, is cancelled (`None`) or is late.
@@ -267,7 +273,7 @@ async fn bounded<T>(cx: &Cx, work: impl Future<Output = std::thread::Result<Resu
     }
 }
 
-fn panicked(panic: Box<dyn Any + Send>) -> PluginError {
+pub(super) fn panicked(panic: Box<dyn Any + Send>) -> PluginError {
     let text = match panic.downcast_ref::<&str>() {
         Some(text) => (*text).to_owned(),
         None => panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a value that is no text".into()),
@@ -275,5 +281,5 @@ fn panicked(panic: Box<dyn Any + Send>) -> PluginError {
     // The payload's own destructor may panic as well, and here nothing would catch it.
     std::mem::forget(panic);
     let place = logging::take_panic_location().map(|place| format!(" at {place}")).unwrap_or_default();
-    PluginError::new(Code::Panicked, format!("the plugin panicked{place}: {text}"))
+    PluginError::new(Code::Panicked, format!("panicked{place}: {text}"))
 }

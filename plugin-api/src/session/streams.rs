@@ -250,7 +250,10 @@ pub(super) async fn pump(inner: &Inner, id: u64, mut source: Box<dyn ItemSource>
         }
         if count > 0 {
             writer.set_count(count);
-            if inner.send(writer.finish()).is_err() {
+            let frame = writer.finish();
+            if frame.head.len() > crate::frame::MAX_HEAD {
+                end = Some(Some(PluginError::internal("an item of the stream is over 16 MiB: send it in pieces")));
+            } else if inner.send(frame).is_err() {
                 return;
             }
         }
