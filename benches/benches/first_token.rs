@@ -14,7 +14,7 @@ use criterion::Criterion;
 use fabstir_benches::answer::{Answer, from_engine, from_plugin, speed};
 use fabstir_benches::cpu::Processes;
 use fabstir_benches::table::{Rounds, print_machine};
-use fabstir_benches::{Plugged, become_worker_if_asked, cx, generation, model, runtime, wait_passively};
+use fabstir_benches::{Plugged, become_worker_if_asked, cx, generation, model, runtime, settle};
 use fabstir_plugin_api::inference::{Generation, Input, Message};
 use inference_llama_cpp::config::ModelConfig;
 use inference_llama_cpp::engine::Engine;
@@ -125,7 +125,7 @@ fn measure(criterion: &mut Criterion, runtime: &tokio::runtime::Runtime, subject
 
 fn main() {
     become_worker_if_asked();
-    wait_passively();
+    settle();
     print_machine();
     let runtime = runtime();
     let subjects = Arc::new(runtime.block_on(Subjects::load()));

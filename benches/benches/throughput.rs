@@ -1,7 +1,7 @@
 //! How fast do answers come through the plugin boundary?
 //!
-//! Load: a model of TinyLlama's shape with random weights (22 layers, width 2048, Q4_0, 550 MB), a prompt of about 64 tokens and 48
-//! generated ones, greedy, on one thread. Compared, in turns and in one run: a bare loop over llama.cpp, the plugin's engine without
+//! Load: a model of TinyLlama's shape with random weights (22 layers, width 2048, Q4_0, 550 MB), answers of 24
+//! tokens, greedy, on one thread. Compared, in turns and in one run: a bare loop over llama.cpp, the plugin's engine without
 //! a boundary, the plugin opened in this process, and in a worker process; then four answers at a time. Last, what the boundary
 //! takes when there is no model behind it: `inference-echo` with a pause before each word, so that each is sent by itself.
 //!
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use fabstir_benches::answer::{Answer, Direct, Shape, Speed, from_engine, from_plugin, speed};
 use fabstir_benches::cpu::Processes;
 use fabstir_benches::table::{Rounds, bar, print_machine};
-use fabstir_benches::{Plugged, become_worker_if_asked, cx, generation, model, runtime, wait_passively};
+use fabstir_benches::{Plugged, become_worker_if_asked, cx, generation, model, runtime, settle};
 use fabstir_plugin_api::inference::Generation;
 use inference_llama_cpp::config::ModelConfig;
 use inference_llama_cpp::engine::Engine;
@@ -26,17 +26,13 @@ const STREAMS: usize = 4;
 const PREFILL_CHUNK: u32 = 128;
 const SHAPE: Shape = Shape { context: 256, batch: PREFILL_CHUNK + STREAMS as u32, threads: 1 };
 
-const PROMPT: &str = "What is the capital of France? The capital of France is Paris. What is the capital of Italy? The capital of \
-    Italy is Rome. What is the capital of Spain? The capital of Spain is Madrid. What is the capital of Japan? The capital of \
-    Japan is";
-const TOKENS: u32 = 48;
+/// Short, so that it is read in one step: what is measured are the answers.
+const PROMPT: &str = "The capital of France is";
+const TOKENS: u32 = 24;
 
-/// Several prompts at a time are short: they are read in one step, and what is measured is the answers.
-const SHORT_PROMPT: &str = "The capital of France is";
-const SHORT_TOKENS: u32 = 24;
-
-/// Time for each table, and rounds even where the time is up.
-const TIME: Duration = Duration::from_secs(100);
+/// Time for the table of one answer and of several, and rounds even where the time is up.
+const TIME: Duration = Duration::from_secs(110);
+const SEVERAL_TIME: Duration = Duration::from_secs(50);
 const LEAST_ROUNDS: usize = 5;
 
 const NAMES: [&str; 4] = ["llama.cpp directly", "engine", "in process", "worker"];
@@ -92,14 +88,14 @@ impl Subjects {
         Self { processes: Arc::new(Processes::now()), runtime, direct, engine, plugged, echo, asked: 0 }
     }
 
-    fn request(&mut self, prompt: &str, tokens: u32) -> Generation {
+    fn request(&mut self) -> Generation {
         self.asked += 1;
-        Generation { cache_salt: self.asked.to_string(), ..generation("random", prompt, Some(tokens)) }
+        Generation { cache_salt: self.asked.to_string(), ..generation("random", PROMPT, Some(TOKENS)) }
     }
 
     /// Asks a candidate other than the bare loop for `streams` answers at a time.
-    fn ask(&mut self, candidate: usize, streams: usize, prompt: &str, tokens: u32) -> Vec<Answer> {
-        let requests: Vec<Generation> = (0..streams).map(|_| self.request(prompt, tokens)).collect();
+    fn ask(&mut self, candidate: usize, streams: usize) -> Vec<Answer> {
+        let requests: Vec<Generation> = (0..streams).map(|_| self.request()).collect();
         let answers: Vec<Answer> = if candidate == ENGINE {
             let answers: Vec<_> = requests.iter().map(|request| from_engine(&self.engine, &self.processes, request)).collect();
             answers.into_iter().map(|answer| answer.recv().expect("the engine answers")).collect()
@@ -107,20 +103,20 @@ impl Subjects {
             let plugged = &self.plugged[candidate - ENGINE - 1];
             from_plugged(&self.runtime, plugged, &self.processes, requests)
         };
-        assert!(answers.iter().all(|answer| answer.tokens() == tokens), "every answer has the same length");
+        assert!(answers.iter().all(|answer| answer.tokens() == TOKENS), "every answer has the same length");
         answers
     }
 
     fn one(&mut self, candidate: usize) -> Speed {
         let answers = match candidate {
             0 => vec![self.direct.answer(&self.processes, PROMPT, TOKENS)],
-            _ => self.ask(candidate, 1, PROMPT, TOKENS),
+            _ => self.ask(candidate, 1),
         };
         speed(&answers)
     }
 
     fn several(&mut self, candidate: usize) -> Speed {
-        speed(&self.ask(candidate, STREAMS, SHORT_PROMPT, SHORT_TOKENS))
+        speed(&self.ask(candidate, STREAMS))
     }
 
     fn echo(&self, candidate: usize) -> Speed {
@@ -169,7 +165,8 @@ fn table(subjects: &mut Subjects) {
     let [one, _] = measure("one answer", &NAMES, TIME, |candidate| subjects.one(candidate));
     bar("in process / directly", one.ratio(2), 0.99, false);
     bar("worker / directly", one.ratio(3), 0.98, false);
-    let [four, _] = measure("four answers at a time", &NAMES[ENGINE..], TIME, |candidate| subjects.several(candidate + ENGINE));
+    let [four, _] =
+        measure("four answers at a time", &NAMES[ENGINE..], SEVERAL_TIME, |candidate| subjects.several(candidate + ENGINE));
     bar("in process / engine", four.ratio(1), 0.99, false);
     bar("worker / engine", four.ratio(2), 0.98, false);
 
@@ -189,7 +186,7 @@ fn table(subjects: &mut Subjects) {
 
 fn main() {
     become_worker_if_asked();
-    wait_passively();
+    settle();
     print_machine();
     let mut subjects = Subjects::load();
     match std::env::args().find_map(|argument| argument.strip_prefix("--profile=").map(str::to_owned)) {

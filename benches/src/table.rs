@@ -39,26 +39,38 @@ impl Rounds {
         percentile(&mut self.values[candidate].clone(), p)
     }
 
+    /// Of each round, a candidate's ratio to the first.
+    fn ratios(&self, candidate: usize) -> Vec<f64> {
+        self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| value / first).collect()
+    }
+
     /// The median over the rounds of a candidate's ratio to the first in the same round.
     pub fn ratio(&self, candidate: usize) -> f64 {
-        let mut ratios: Vec<f64> =
-            self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| value / first).collect();
-        median(&mut ratios)
+        median(&mut self.ratios(candidate))
+    }
+
+    /// How far the ratio may be off, with about 95 % confidence: the notch of McGill, Tukey and Larsen, 1.57 times the distance
+    /// between the quartiles over the root of the number of rounds.
+    pub fn ratio_error(&self, candidate: usize) -> f64 {
+        let mut ratios = self.ratios(candidate);
+        let quartiles = percentile(&mut ratios, 0.75) - percentile(&mut ratios, 0.25);
+        1.57 * quartiles / (ratios.len() as f64).sqrt()
     }
 
     pub fn print(&self) {
         println!("\n{} ({} rounds in turns)", self.title, self.values[0].len());
-        println!("  {:<24} {:>14} {:>14} {:>14} {:>8}", "", "median", "least", "most", "ratio");
+        println!("  {:<24} {:>14} {:>14} {:>14} {:>8} {:>7}", "", "median", "least", "most", "ratio", "+-");
         for (index, name) in self.names.iter().enumerate() {
             let mut values = self.values[index].clone();
             let (least, most) = (percentile(&mut values, 0.0), percentile(&mut values, 1.0));
             let show = |value: f64| format!("{value:.2} {}", self.unit);
             println!(
-                "  {name:<24} {:>14} {:>14} {:>14} {:>8.3}",
+                "  {name:<24} {:>14} {:>14} {:>14} {:>8.3} {:>7.3}",
                 show(self.median(index)),
                 show(least),
                 show(most),
-                self.ratio(index)
+                self.ratio(index),
+                self.ratio_error(index)
             );
         }
     }

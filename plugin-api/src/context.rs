@@ -25,6 +25,8 @@ pub struct Cx {
 #[derive(Debug, Default)]
 struct Cancel {
     is_set: AtomicBool,
+    /// Whether it is the plugin that ends, and the caller waits for an answer.
+    by_shutdown: AtomicBool,
     set: Notify,
 }
 
@@ -83,6 +85,18 @@ impl Cx {
     /// The context of a call that can be cancelled.
     pub(crate) fn serving() -> Self {
         Self { cancel: Some(Arc::default()), ..Self::default() }
+    }
+
+    /// Cancels the call for the plugin's own end.
+    pub(crate) fn shut_down(&self) {
+        if let Some(cancel) = &self.cancel {
+            cancel.by_shutdown.store(true, Ordering::Release);
+        }
+        self.cancel();
+    }
+
+    pub(crate) fn is_shut_down(&self) -> bool {
+        self.cancel.as_ref().is_some_and(|cancel| cancel.by_shutdown.load(Ordering::Acquire))
     }
 
     pub(crate) fn cancel(&self) {

@@ -157,7 +157,7 @@ impl Session {
     pub fn cancel_served(&self) {
         for served in self.0.serving.lock().values() {
             if served.of_a_kind {
-                served.cancel();
+                served.shut_down();
             }
         }
     }

@@ -4,6 +4,7 @@ use super::outgoing::late;
 use super::streams::{Inflow, ItemSource, Items, pump};
 use std::ops::Range;
 use std::sync::Weak;
+use std::task::Poll;
 
 use tokio::sync::Notify;
 
@@ -24,6 +25,12 @@ pub(super) struct Serving {
 }
 
 impl Serving {
+    /// Cancels the call for the plugin's own end: the caller is told.
+    pub(super) fn shut_down(&self) {
+        self.cx.shut_down();
+        self.cancel();
+    }
+
     pub(super) fn cancel(&self) {
         self.cx.cancel();
         if let Some(credit) = &self.credit {
@@ -219,7 +226,7 @@ async fn run(job: Job) {
     };
     let work = AssertUnwindSafe(async { inner.serve.serve(call).await }).catch_unwind();
     let source = match bounded(&cx, work).await {
-        None => return inner.refuse(id, ended_by_cancel()),
+        None => return,
         Some(Ok(Outcome(Answer::Value(writer)))) => {
             let frame = writer.finish();
             if frame.head.len() > crate::frame::MAX_HEAD {
@@ -242,18 +249,12 @@ async fn run(job: Job) {
         pump(inner, id, source, &credit).await;
         Ok(())
     });
-    if let Err(error) = bounded(&cx, work.catch_unwind()).await.unwrap_or_else(|| Err(ended_by_cancel())) {
+    if let Some(Err(error)) = bounded(&cx, work.catch_unwind()).await {
         let _ = inner.send(Writer::new(Kind::End, id).error(&error).finish());
     }
 }
 
-/// What a cancelled call ends with. A caller that has cancelled it does not listen any more; one whose call the plugin's shutdown has
-/// cancelled does.
-fn ended_by_cancel() -> PluginError {
-    PluginError::unavailable("the plugin is shutting down")
-}
-
-/// Runs one stage of a call until it ends, panics, is cancelled (`None`) or is late.
+/// Runs one stage of a call until it ends, panics, is late or is cancelled; `None` when nobody waits for an answer.
 async fn bounded<T>(cx: &Cx, work: impl Future<Output = std::thread::Result<Result<T>>>) -> Option<Result<T>> {
     let deadline = async {
         match cx.deadline() {
@@ -261,16 +262,20 @@ async fn bounded<T>(cx: &Cx, work: impl Future<Output = std::thread::Result<Resu
             None => std::future::pending().await,
         }
     };
+    // A cancelled method runs no further, but a call that is answered at once needs neither a waiter nor a timer: so the flag is looked
+    // at before the work, and waited for after it.
+    let given_up = std::future::poll_fn(|_| if cx.is_cancelled() { Poll::Ready(()) } else { Poll::Pending });
     tokio::select! {
-        // The work comes first: a call that is answered at once needs neither a waiter nor a timer.
         biased;
-        result = work => Some(result.unwrap_or_else(|panic| Err(panicked(panic)))),
-        () = cx.cancelled() => None,
+        () = given_up => {}
+        result = work => return Some(result.unwrap_or_else(|panic| Err(panicked(panic)))),
+        () = cx.cancelled() => {}
         () = deadline => {
             cx.cancel();
-            Some(Err(late("the call")))
+            return Some(Err(late("the call")));
         }
     }
+    cx.is_shut_down().then(|| Err(PluginError::unavailable("the plugin is shutting down")))
 }
 
 pub(super) fn panicked(panic: Box<dyn Any + Send>) -> PluginError {
