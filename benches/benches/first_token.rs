@@ -81,7 +81,7 @@ impl Subjects {
 async fn table(subjects: &Subjects) {
     let mut first = Rounds::new("time to first token", "us", &NAMES);
     let mut between = Rounds::new("time between tokens, mean of an answer", "us", &NAMES);
-    let mut work = Rounds::new("CPU time of a token, mean of an answer", "us", &NAMES);
+    let mut work = Rounds::new("CPU time of a whole answer", "us", &NAMES);
     for candidate in 0..NAMES.len() {
         subjects.ask(candidate).await;
     }
@@ -89,9 +89,8 @@ async fn table(subjects: &Subjects) {
         for candidate in 0..NAMES.len() {
             let answer = subjects.ask(candidate).await;
             first.add(candidate, answer.first_token().as_secs_f64() * 1e6);
-            let speed = speed(&[answer]);
-            between.add(candidate, 1e6 / speed.per_second);
-            work.add(candidate, 1e6 / speed.per_cpu_second);
+            work.add(candidate, answer.work().as_secs_f64() * 1e6);
+            between.add(candidate, 1e6 / speed(&[answer]).per_second);
         }
     }
     for table in [first, between, work] {

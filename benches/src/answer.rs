@@ -47,6 +47,11 @@ impl Answer {
         self.first().wall - self.asked.wall
     }
 
+    /// CPU time from the question to the last piece.
+    pub fn work(&self) -> Duration {
+        self.last().cpu - self.asked.cpu
+    }
+
     pub fn tokens(&self) -> u32 {
         self.pieces.iter().map(|piece| piece.1).sum()
     }
