@@ -2,8 +2,8 @@
 //!
 //! Load: "What is the capital of France?" to tiny-chat, one question at a time, greedy, on one thread; the prompt is read anew each
 //! time. Compared, in turns and in one run: the plugin's engine without a boundary, the plugin opened in this process, and in a worker
-//! process. `inference-echo` beside them is the boundary with no model behind it. A model this small hides nothing: of a token of
-//! TinyLlama's size the same difference is a thousandth.
+//! process. `inference-echo` beside them is the boundary with no model behind it. A model this small
+//! hides nothing of it.
 //!
 //! `make bench` runs it. With `-- --table` only the tables are made, without criterion's own measurements.
 
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use criterion::Criterion;
-use fabstir_benches::answer::{Answer, from_engine, from_plugin, speed};
+use fabstir_benches::answer::{Answer, from_engine, from_plugin};
 use fabstir_benches::cpu::Processes;
 use fabstir_benches::table::{Rounds, print_machine};
 use fabstir_benches::{Plugged, become_worker_if_asked, cx, generation, model, runtime, settle};
@@ -25,7 +25,7 @@ const TOKENS: u32 = 16;
 const NAMES: [&str; 5] = ["engine", "in process", "worker", "echo, in process", "echo, worker"];
 
 struct Subjects {
-    processes: Arc<Processes>,
+    processes: Processes,
     engine: Arc<Engine>,
     /// A plugin and the model to ask it for.
     plugged: [(Plugged, &'static str); 4],
@@ -49,7 +49,7 @@ impl Subjects {
         for (plugged, model) in &plugged {
             plugged.inference.load(&cx(), (*model).into()).await.expect("the plugin loads the model");
         }
-        Self { processes: Arc::new(Processes::now()), engine: Arc::new(engine), plugged, asked: AtomicUsize::new(0) }
+        Self { processes: Processes::now(), engine: Arc::new(engine), plugged, asked: AtomicUsize::new(0) }
     }
 
     fn request(&self, model: &str) -> Generation {
@@ -64,15 +64,14 @@ impl Subjects {
     async fn ask(&self, candidate: usize) -> Answer {
         match candidate.checked_sub(1) {
             None => {
-                let (engine, processes, request) = (self.engine.clone(), self.processes.clone(), self.request("tiny-chat"));
-                let answer = tokio::task::spawn_blocking(move || {
-                    from_engine(&engine, &processes, &request).recv().expect("the engine answers")
-                });
+                let (engine, request) = (self.engine.clone(), self.request("tiny-chat"));
+                let answer =
+                    tokio::task::spawn_blocking(move || from_engine(&engine, &request).recv().expect("the engine answers"));
                 answer.await.expect("no panic")
             }
             Some(place) => {
                 let (plugged, model) = &self.plugged[place];
-                from_plugin(&*plugged.inference, &self.processes, self.request(model)).await
+                from_plugin(&*plugged.inference, self.request(model)).await
             }
         }
     }
@@ -87,10 +86,12 @@ async fn table(subjects: &Subjects) {
     }
     for _ in 0..ROUNDS {
         for candidate in 0..NAMES.len() {
+            let before = subjects.processes.used();
             let answer = subjects.ask(candidate).await;
+            let used = subjects.processes.used() - before;
             first.add(candidate, answer.first_token().as_secs_f64() * 1e6);
-            work.add(candidate, answer.work().as_secs_f64() * 1e6);
-            between.add(candidate, 1e6 / speed(&[answer]).per_second);
+            work.add(candidate, used.as_secs_f64() * 1e6);
+            between.add(candidate, answer.between_tokens().as_secs_f64() * 1e6);
         }
     }
     for table in [first, between, work] {

@@ -5,15 +5,14 @@
 //! a boundary, the plugin opened in this process, and in a worker process; then four answers at a time. Last, what the boundary
 //! takes when there is no model behind it: `inference-echo` with a pause before each word, so that each is sent by itself.
 //!
-//! What is quoted is the speed between the first token and the last, per second of CPU time of all processes together: on a machine
+//! What is quoted is the speed per second of CPU time of all processes together, from the question to the answer's end: on a machine
 //! that does other work too, a second by the clock says little.
 //!
 //! `make bench` runs it. `-- --profile=NAME` lets one candidate run for a profiler.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fabstir_benches::answer::{Answer, Direct, Shape, Speed, from_engine, from_plugin, speed};
+use fabstir_benches::answer::{Answer, Direct, Shape, from_engine, from_plugin};
 use fabstir_benches::cpu::Processes;
 use fabstir_benches::table::{Rounds, bar, print_machine};
 use fabstir_benches::{Plugged, become_worker_if_asked, cx, generation, model, runtime, settle};
@@ -26,8 +25,8 @@ const STREAMS: usize = 4;
 const PREFILL_CHUNK: u32 = 128;
 const SHAPE: Shape = Shape { context: 256, batch: PREFILL_CHUNK + STREAMS as u32, threads: 1 };
 
-/// Short, so that it is read in one step: what is measured are the answers.
-const PROMPT: &str = "The capital of France is";
+/// One word, so that reading it is a step like those that generate.
+const PROMPT: &str = "The";
 const TOKENS: u32 = 24;
 
 /// Time for the table of one answer and of several, and rounds even where the time is up.
@@ -38,9 +37,15 @@ const LEAST_ROUNDS: usize = 5;
 const NAMES: [&str; 4] = ["llama.cpp directly", "engine", "in process", "worker"];
 const ENGINE: usize = 1;
 
+/// Tokens per second.
+struct Speed {
+    by_cpu: f64,
+    by_clock: f64,
+}
+
 struct Subjects {
     runtime: Runtime,
-    processes: Arc<Processes>,
+    processes: Processes,
     direct: Direct,
     engine: Engine,
     plugged: [Plugged; 2],
@@ -85,7 +90,7 @@ impl Subjects {
             ];
             (plugged, echo)
         });
-        Self { processes: Arc::new(Processes::now()), runtime, direct, engine, plugged, echo, asked: 0 }
+        Self { processes: Processes::now(), runtime, direct, engine, plugged, echo, asked: 0 }
     }
 
     fn request(&mut self) -> Generation {
@@ -97,40 +102,49 @@ impl Subjects {
     fn ask(&mut self, candidate: usize, streams: usize) -> Vec<Answer> {
         let requests: Vec<Generation> = (0..streams).map(|_| self.request()).collect();
         let answers: Vec<Answer> = if candidate == ENGINE {
-            let answers: Vec<_> = requests.iter().map(|request| from_engine(&self.engine, &self.processes, request)).collect();
+            let answers: Vec<_> = requests.iter().map(|request| from_engine(&self.engine, request)).collect();
             answers.into_iter().map(|answer| answer.recv().expect("the engine answers")).collect()
         } else {
             let plugged = &self.plugged[candidate - ENGINE - 1];
-            from_plugged(&self.runtime, plugged, &self.processes, requests)
+            from_plugged(&self.runtime, plugged, requests)
         };
         assert!(answers.iter().all(|answer| answer.tokens() == TOKENS), "every answer has the same length");
         answers
     }
 
     fn one(&mut self, candidate: usize) -> Speed {
-        let answers = match candidate {
-            0 => vec![self.direct.answer(&self.processes, PROMPT, TOKENS)],
-            _ => self.ask(candidate, 1),
-        };
-        speed(&answers)
+        self.time(|subjects| match candidate {
+            0 => vec![subjects.direct.answer(PROMPT, TOKENS)],
+            _ => subjects.ask(candidate, 1),
+        })
     }
 
     fn several(&mut self, candidate: usize) -> Speed {
-        speed(&self.ask(candidate, STREAMS))
+        self.time(|subjects| subjects.ask(candidate, STREAMS))
     }
 
-    fn echo(&self, candidate: usize) -> Speed {
+    fn echo(&mut self, candidate: usize) -> Speed {
         let request = generation("echo", &"word ".repeat(200), None);
-        speed(&from_plugged(&self.runtime, &self.echo[candidate], &self.processes, vec![request]))
+        self.time(|subjects| from_plugged(&subjects.runtime, &subjects.echo[candidate], vec![request]))
+    }
+
+    fn time(&mut self, ask: impl FnOnce(&mut Self) -> Vec<Answer>) -> Speed {
+        let before = self.processes.used();
+        let began = Instant::now();
+        let answers = ask(self);
+        let clock = began.elapsed();
+        let cpu = self.processes.used() - before;
+        let tokens = f64::from(answers.iter().map(Answer::tokens).sum::<u32>());
+        Speed { by_cpu: tokens / cpu.as_secs_f64(), by_clock: tokens / clock.as_secs_f64() }
     }
 }
 
 /// Asks as the node does: each request in a task of its own.
-fn from_plugged(runtime: &Runtime, plugged: &Plugged, processes: &Arc<Processes>, requests: Vec<Generation>) -> Vec<Answer> {
+fn from_plugged(runtime: &Runtime, plugged: &Plugged, requests: Vec<Generation>) -> Vec<Answer> {
     runtime.block_on(async {
         let ask = |request| {
-            let (inference, processes) = (plugged.inference.clone(), processes.clone());
-            tokio::spawn(async move { from_plugin(&*inference, &processes, request).await })
+            let inference = plugged.inference.clone();
+            tokio::spawn(async move { from_plugin(&*inference, request).await })
         };
         let tasks: Vec<_> = requests.into_iter().map(ask).collect();
         futures::future::join_all(tasks).await.into_iter().map(|answer| answer.expect("no panic")).collect()
@@ -149,8 +163,8 @@ fn measure(title: &str, names: &[&'static str], time: Duration, mut run: impl Fn
         for turn in 0..names.len() {
             let candidate = if round % 2 == 0 { turn } else { names.len() - 1 - turn };
             let speed = run(candidate);
-            tables[0].add(candidate, speed.per_cpu_second);
-            tables[1].add(candidate, speed.per_second);
+            tables[0].add(candidate, speed.by_cpu);
+            tables[1].add(candidate, speed.by_clock);
         }
     }
     tables.iter().for_each(Rounds::print);
@@ -173,7 +187,7 @@ fn table(subjects: &mut Subjects) {
     let mut echo = Rounds::new("echo: CPU time of one token alone", "us", &NAMES[2..]);
     for _ in 0..9 {
         for candidate in 0..2 {
-            echo.add(candidate, 1e6 / subjects.echo(candidate).per_cpu_second);
+            echo.add(candidate, 1e6 / subjects.echo(candidate).by_cpu);
         }
     }
     echo.print();
@@ -195,7 +209,7 @@ fn main() {
             let candidate = NAMES.iter().position(|candidate| *candidate == name).expect("the name of a candidate");
             let began = Instant::now();
             while began.elapsed() < Duration::from_secs(20) {
-                println!("{name}: {:.2} t/s by CPU time", subjects.one(candidate).per_cpu_second);
+                println!("{name}: {:.2} t/s by CPU time", subjects.one(candidate).by_cpu);
             }
         }
     }

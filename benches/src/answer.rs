@@ -2,9 +2,9 @@
 
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::inference::{Chunk, Done, Generation, Inference, Text};
 use inference_llama_cpp::engine::{Engine, Flow, Sink};
@@ -17,55 +17,36 @@ use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::sampling::LlamaSampler;
 
-use crate::cpu::{Moment, Processes};
 use crate::cx;
 
 /// When the pieces of an answer came.
 pub struct Answer {
-    pub asked: Moment,
+    pub asked: Instant,
     /// Each piece's moment and the tokens that it stands for.
-    pub pieces: Vec<(Moment, u32)>,
-}
-
-/// Tokens per second.
-#[derive(Debug, Clone, Copy)]
-pub struct Speed {
-    pub per_cpu_second: f64,
-    pub per_second: f64,
+    pub pieces: Vec<(Instant, u32)>,
 }
 
 impl Answer {
-    fn first(&self) -> Moment {
-        self.pieces.first().expect("an answer has a piece").0
+    fn new() -> Self {
+        Self { asked: Instant::now(), pieces: Vec::new() }
     }
 
-    fn last(&self) -> Moment {
-        self.pieces.last().expect("an answer has a piece").0
+    fn push(&mut self, tokens: u32) {
+        self.pieces.push((Instant::now(), tokens));
     }
 
     pub fn first_token(&self) -> Duration {
-        self.first().wall - self.asked.wall
-    }
-
-    /// CPU time from the question to the last piece.
-    pub fn work(&self) -> Duration {
-        self.last().cpu - self.asked.cpu
+        self.pieces[0].0 - self.asked
     }
 
     pub fn tokens(&self) -> u32 {
         self.pieces.iter().map(|piece| piece.1).sum()
     }
-}
 
-/// The speed while all answers were being generated: from the last one's first piece to the first one's last piece.
-pub fn speed(answers: &[Answer]) -> Speed {
-    let from = answers.iter().map(Answer::first).max_by_key(|moment| moment.wall).expect("there is an answer");
-    let to = answers.iter().map(Answer::last).min_by_key(|moment| moment.wall).expect("there is an answer");
-    let pieces = answers.iter().flat_map(|answer| &answer.pieces);
-    let tokens: u32 = pieces.filter(|(at, _)| from.wall < at.wall && at.wall <= to.wall).map(|piece| piece.1).sum();
-    Speed {
-        per_cpu_second: f64::from(tokens) / (to.cpu - from.cpu).as_secs_f64(),
-        per_second: f64::from(tokens) / (to.wall - from.wall).as_secs_f64(),
+    /// The mean time between tokens after the first piece.
+    pub fn between_tokens(&self) -> Duration {
+        let (first, last) = (self.pieces[0], self.pieces[self.pieces.len() - 1]);
+        (last.0 - first.0) / (self.tokens() - first.1).max(1)
     }
 }
 
@@ -105,8 +86,8 @@ impl Direct {
         Self { model, context, batch: LlamaBatch::new(shape.batch as usize, 1) }
     }
 
-    pub fn answer(&mut self, processes: &Processes, prompt: &str, most: u32) -> Answer {
-        let asked = processes.moment();
+    pub fn answer(&mut self, prompt: &str, most: u32) -> Answer {
+        let mut answer = Answer::new();
         let vocabulary = self.model.vocab();
         let mut sampler = LlamaSampler::greedy();
         self.context.clear_kv_cache();
@@ -115,7 +96,6 @@ impl Direct {
         for (position, &token) in tokens.iter().enumerate() {
             self.batch.add(token, position as i32, &[0], position + 1 == tokens.len()).expect("the prompt fits one batch");
         }
-        let mut pieces = Vec::with_capacity(most as usize);
         let mut text = String::new();
         let mut bytes = Vec::new();
         let mut position = tokens.len() as i32;
@@ -128,8 +108,8 @@ impl Direct {
             bytes.clear();
             vocabulary.token_to_piece_into(token, &mut bytes, false, None);
             text.push_str(&String::from_utf8_lossy(&bytes));
-            pieces.push((processes.moment(), 1));
-            if pieces.len() as u32 == most {
+            answer.push(1);
+            if answer.pieces.len() as u32 == most {
                 break;
             }
             self.batch.clear();
@@ -137,20 +117,19 @@ impl Direct {
             position += 1;
         }
         std::hint::black_box(text);
-        Answer { asked, pieces }
+        answer
     }
 }
 
 /// Notes the pieces on the engine's own thread: nobody else is woken before the answer is whole.
 struct Notes {
-    processes: Arc<Processes>,
     answer: Answer,
     whole: Sender<Answer>,
 }
 
 impl Sink for Notes {
     fn piece(&mut self, text: Text) -> Flow {
-        self.answer.pieces.push((self.processes.moment(), text.tokens));
+        self.answer.push(text.tokens);
         Flow::Go
     }
 
@@ -171,23 +150,21 @@ impl Sink for Notes {
 }
 
 /// Asks the engine without a boundary.
-pub fn from_engine(engine: &Engine, processes: &Arc<Processes>, generation: &Generation) -> Receiver<Answer> {
+pub fn from_engine(engine: &Engine, generation: &Generation) -> Receiver<Answer> {
     let (whole, answer) = channel();
-    let notes = Answer { asked: processes.moment(), pieces: Vec::new() };
-    let sink = Notes { processes: processes.clone(), answer: notes, whole };
-    engine.generate(generation, Box::new(sink)).expect("the engine takes the request");
+    let notes = Notes { answer: Answer::new(), whole };
+    engine.generate(generation, Box::new(notes)).expect("the engine takes the request");
     answer
 }
 
 /// Asks a plugin, in this process or another.
-pub async fn from_plugin(inference: &dyn Inference, processes: &Processes, generation: Generation) -> Answer {
-    let asked = processes.moment();
+pub async fn from_plugin(inference: &dyn Inference, generation: Generation) -> Answer {
+    let mut answer = Answer::new();
     let mut stream = inference.generate(&cx(), generation).await.expect("the plugin takes the request");
-    let mut pieces = Vec::new();
     while let Some(chunk) = stream.next().await {
         if let Chunk::Text(text) = chunk.expect("no error") {
-            pieces.push((processes.moment(), text.tokens));
+            answer.push(text.tokens);
         }
     }
-    Answer { asked, pieces }
+    answer
 }

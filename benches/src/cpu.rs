@@ -1,18 +1,11 @@
 //! CPU time, which says what work costs on a machine that others use too.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
 /// This process and its workers.
 pub struct Processes(Vec<libc::clockid_t>);
-
-/// A point on both clocks.
-#[derive(Debug, Clone, Copy)]
-pub struct Moment {
-    pub wall: Instant,
-    /// CPU time used until then, by all processes and threads together.
-    pub cpu: Duration,
-}
 
 impl Processes {
     /// This process and those children of it that run now. Children that are idle add nothing, so that one sum serves every
@@ -28,15 +21,18 @@ impl Processes {
         Self([libc::CLOCK_PROCESS_CPUTIME_ID].into_iter().chain(workers).collect())
     }
 
-    pub fn moment(&self) -> Moment {
-        let cpu = self.0.iter().map(|&clock| {
+    /// CPU time used until now, by all processes and threads together. To be asked while they have nothing to do: the kernel counts
+    /// a thread that runs on another core only up to its last tick, milliseconds ago. So this waits for them to fall asleep first.
+    pub fn used(&self) -> Duration {
+        thread::sleep(Duration::from_millis(5));
+        let used = self.0.iter().map(|&clock| {
             let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
             // SAFETY: writes one time.
             let failed = unsafe { libc::clock_gettime(clock, &mut time) };
             assert_eq!(failed, 0, "a worker died");
             Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
         });
-        Moment { cpu: cpu.sum(), wall: Instant::now() }
+        used.sum()
     }
 }
 

@@ -135,8 +135,8 @@ pub fn become_worker_if_asked() {
 
 /// Settings that libraries read before `main`, so that the program starts over with them. Workers inherit them.
 ///
-/// OpenMP's threads sleep where they wait for each other, as in the node. And memory comes in huge pages: several copies of the same
-/// weights in small ones differ in speed by up to 6 % by where their pages happen to lie, which is more than what is measured.
+/// OpenMP's threads sleep where they wait for each other, as in the node. And memory comes in huge pages: with small ones, copies of
+/// the same model differed in speed by up to 6 % from one start of the program to the next, which is more than what is measured.
 pub fn settle() {
     let settings = [("OMP_WAIT_POLICY", "passive"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")];
     if settings.iter().any(|(name, value)| std::env::var_os(name).is_none_or(|found| found != *value)) {
