@@ -34,6 +34,7 @@ test: build test-packages nextest clients ## Runs every test, against the built 
 	$(CARGO) build --release --package inference-faulty
 	$(CARGO) nextest run --cargo-profile release --workspace --exclude fabstir-benches
 	$(CARGO) test --release --doc --package fabstir-plugin-api
+	$(CARGO) check --release --package fabstir-benches --benches
 
 bench: build ## Measures the plugin boundary and the speed of answers, beside their floors.
 	$(CARGO) bench --package fabstir-benches
