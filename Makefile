@@ -50,7 +50,7 @@ nextest: check-rust
 
 # $(call install,COMMAND THAT SUCCEEDS IF ALL IS THERE,PACKAGES)
 define install
-	@$(1) >/dev/null 2>&1 || { \
+	@{ $(1); } >/dev/null 2>&1 || { \
 	  command -v apt-get >/dev/null || { echo 'please install: $(2)'; exit 1; }; \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $(2); }
