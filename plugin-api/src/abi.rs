@@ -3,6 +3,8 @@
 //! This is the only file that names abi_stable. Everything else speaks of frames, and could travel over another carrier.
 
 use std::ops::Deref;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -88,8 +90,11 @@ type RawPortBox = RawPort_TO<'static, RBox<()>>;
 #[sabi(kind(Prefix(prefix_ref = PluginRootRef)), missing_field(option))]
 pub struct PluginRoot {
     /// Starts one instance and connects it to the host's end. May be called several times: each call is an instance of its own.
-    #[sabi(last_prefix_field)]
     connect: extern "C" fn(host: RawPortBox) -> RResult<RawPortBox, RString>,
+    /// Starts one instance whose host is at the other end of a stream socket, and speaks as `ipc` describes. The descriptor is the
+    /// instance's from then on, also on an error.
+    #[sabi(last_prefix_field)]
+    connect_socket: extern "C" fn(socket: i32) -> RResult<(), RString>,
 }
 
 impl RootModule for PluginRootRef {
@@ -168,14 +173,6 @@ impl Port {
         }
     }
 
-    /// Passes a received frame on, as a worker process does between its socket and its plugin.
-    pub fn forward(&self, received: Received) -> std::result::Result<(), Closed> {
-        match self.0.deliver(RawFrame { head: received.head, blobs: received.blobs }) {
-            0 => Ok(()),
-            _ => Err(Closed),
-        }
-    }
-
     pub fn close(&self, reason: &str) {
         self.0.close(reason.into());
     }
@@ -211,29 +208,47 @@ fn raw_port(inbox: Arc<dyn Inbox>) -> RawPortBox {
 
 /// The plugin's side of `connect`: given the host's port, start an instance and return its own.
 pub type Connect = fn(Port) -> std::result::Result<Arc<dyn Inbox>, String>;
+/// The plugin's side of `connect_socket`: given the socket that leads to the host, start an instance.
+pub type ConnectSocket = fn(UnixStream) -> std::result::Result<(), String>;
 
 #[doc(hidden)]
 pub type HostPort = RawPortBox;
 #[doc(hidden)]
 pub type ConnectResult = RResult<RawPortBox, RString>;
 #[doc(hidden)]
+pub type ConnectSocketResult = RResult<(), RString>;
+#[doc(hidden)]
 pub use abi_stable::library::{
     __call_root_module_loader as call_root_module_loader, CheckTypeLayout, LibHeader, RootModuleResult,
 };
 
-/// Builds the root module around a plugin's connect function. Called by code that `#[plugin]` generates.
+/// Builds the root module around a plugin's connect functions. Called by code that `#[plugin]` generates.
 #[doc(hidden)]
-pub fn plugin_root(connect: extern "C" fn(HostPort) -> ConnectResult) -> PluginRootRef {
-    PluginRoot { connect }.leak_into_prefix()
+pub fn plugin_root(
+    connect: extern "C" fn(HostPort) -> ConnectResult,
+    connect_socket: extern "C" fn(i32) -> ConnectSocketResult,
+) -> PluginRootRef {
+    PluginRoot { connect, connect_socket }.leak_into_prefix()
 }
 
 /// The body of the exported `connect`. Called by code that `#[plugin]` generates.
 #[doc(hidden)]
 pub fn export_connect(host: HostPort, connect: Connect) -> ConnectResult {
     let port = Port(Arc::new(host));
-    match catch_unwind(AssertUnwindSafe(|| connect(port))) {
-        Ok(Ok(inbox)) => RResult::ROk(raw_port(inbox)),
-        Ok(Err(reason)) => RResult::RErr(reason.into()),
+    guarded(|| connect(port)).map(raw_port)
+}
+
+/// The body of the exported `connect_socket`. Called by code that `#[plugin]` generates.
+#[doc(hidden)]
+pub fn export_connect_socket(socket: i32, connect: ConnectSocket) -> ConnectSocketResult {
+    // SAFETY: the caller gives the descriptor away.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(socket) });
+    guarded(|| connect(socket))
+}
+
+fn guarded<T>(connect: impl FnOnce() -> std::result::Result<T, String>) -> RResult<T, RString> {
+    match catch_unwind(AssertUnwindSafe(connect)) {
+        Ok(result) => result.map_err(RString::from).into(),
         Err(panic) => {
             std::mem::forget(panic);
             RResult::RErr("the plugin panicked while connecting".into())
@@ -241,18 +256,21 @@ pub fn export_connect(host: HostPort, connect: Connect) -> ConnectResult {
     }
 }
 
-/// Exports a connect function under the symbol that abi_stable looks for. Part of what `#[plugin]` generates: abi_stable's own
+/// Exports the connect functions under the symbol that abi_stable looks for. Part of what `#[plugin]` generates: abi_stable's own
 /// attribute would oblige every plugin to depend on abi_stable.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! export_plugin_root {
-    ($connect:path) => {
+    ($connect:path, $connect_socket:path) => {
         const _: () = {
             extern "C" fn connect(host: $crate::abi::HostPort) -> $crate::abi::ConnectResult {
                 $crate::abi::export_connect(host, $connect)
             }
+            extern "C" fn connect_socket(socket: i32) -> $crate::abi::ConnectSocketResult {
+                $crate::abi::export_connect_socket(socket, $connect_socket)
+            }
             fn root() -> $crate::abi::PluginRootRef {
-                $crate::abi::plugin_root(connect)
+                $crate::abi::plugin_root(connect, connect_socket)
             }
             extern "C" fn load() -> $crate::abi::RootModuleResult {
                 $crate::abi::call_root_module_loader(root)
@@ -317,6 +335,15 @@ impl Root {
         let connect = self.0.connect();
         match connect(raw_port(host)) {
             RResult::ROk(port) => Ok(Port(Arc::new(port))),
+            RResult::RErr(reason) => Err(RootError::Connect(reason.into())),
+        }
+    }
+
+    /// Starts an instance whose host is at the other end of `socket`.
+    pub fn connect_socket(&self, socket: UnixStream) -> std::result::Result<(), RootError> {
+        let connect_socket = self.0.connect_socket();
+        match connect_socket(socket.into_raw_fd()) {
+            RResult::ROk(()) => Ok(()),
             RResult::RErr(reason) => Err(RootError::Connect(reason.into())),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::future::Future;
+use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -10,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use parking_lot::{Mutex, RwLock};
 use serde::de::DeserializeOwned;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::Notify;
 
 use crate::abi::{Blob, Port};
@@ -44,6 +45,21 @@ pub fn parse_config<T: DeserializeOwned>(json: &str) -> Result<T> {
 
 /// Starts an instance that talks to `host`, and returns what the host talks to.
 pub fn connect<A: Author>(host: Port) -> std::result::Result<Arc<dyn Inbox>, String> {
+    let (session, _) = start::<A>()?;
+    session.attach(host);
+    Ok(session.inbox())
+}
+
+/// Starts an instance that talks to a host over `socket`, which its own runtime reads and writes.
+pub fn connect_socket<A: Author>(socket: UnixStream) -> std::result::Result<(), String> {
+    let (session, runtime) = start::<A>()?;
+    let _entered = runtime.enter();
+    let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
+    crate::ipc::carry(socket.map_err(|error| format!("the connection to the node cannot be used: {error}"))?, &session);
+    Ok(())
+}
+
+fn start<A: Author>() -> std::result::Result<(Session, Handle), String> {
     let sink = Arc::<Sink>::default();
     let threads = sink.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -65,13 +81,12 @@ pub fn connect<A: Author>(host: Port) -> std::result::Result<Arc<dyn Inbox>, Str
         runtime: Mutex::new(Some(runtime)),
         session: OnceLock::new(),
     });
-    let session = Session::new(Role::Plugin, Arc::new(Instance(state.clone())), handle);
+    let session = Session::new(Role::Plugin, Arc::new(Instance(state.clone())), handle.clone());
     sink.attach(session.downgrade());
     // The cell is empty: nothing has run yet.
     let _ = state.session.set(session.downgrade());
     logging::started(sink);
-    session.attach(host);
-    Ok(session.inbox())
+    Ok((session, handle))
 }
 
 struct Instance<A: Author>(Arc<State<A>>);

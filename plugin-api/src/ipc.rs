@@ -1,4 +1,8 @@
-//! The same port over a socket: frames between the host and a worker process.
+//! The same port over a socket: frames between the host and a plugin in a worker process.
+//!
+//! Both ends are tasks of the runtimes that serve the calls, so that a call changes threads as often as in one process: once on its
+//! way there, once on its way back. In a worker that is the plugin's own runtime, which makes the bytes below, like the port's
+//! layout, a promise between separately compiled programs.
 //!
 //! On the wire a frame is a header of two little-endian `u32`s, the head's length and the number of blobs, then one `u32` per blob
 //! with its length, then the head, then the blobs. A head length of `u32::MAX` says goodbye: a reason follows, with its length where
@@ -18,6 +22,7 @@ use tokio::sync::Notify;
 
 use crate::abi::{Blob, Closed, Frame, Port, Received};
 use crate::frame::{Inbox, MAX_BLOB, MAX_BLOBS, MAX_HEAD};
+use crate::session::Session;
 
 /// The reason that `inbox` is closed with when the peer ends without a goodbye.
 pub const ENDED: &str = "the worker process ended";
@@ -26,21 +31,29 @@ const GOODBYE: u32 = u32::MAX;
 /// Bytes that may wait for a peer that does not read. Credit keeps a healthy peer far below.
 const MAX_QUEUED: usize = 1 << 30;
 
-/// Carries frames over `socket`: what arrives goes to `inbox`, what the returned port is given goes out. Must be called on the
-/// runtime that is to drive the socket.
+/// Carries the frames of a session over `socket`. Must be called on the runtime that is to drive the socket.
 ///
-/// When the peer says goodbye or is gone, `inbox` is closed with the reason.
-pub fn carry(socket: UnixStream, inbox: Arc<dyn Inbox>) -> Port {
+/// When the peer says goodbye or is gone, the session is closed with the reason.
+pub fn carry(socket: UnixStream, session: &Session) {
     let (reader, writer) = socket.into_split();
     let out = Arc::new(Out { socket: writer, queue: Mutex::default(), more: Notify::new(), closed: AtomicBool::new(false) });
+    // Before the first frame is read: its answer needs a way back.
+    session.attach(Port::new(out.clone()));
     tokio::spawn(write_queued(out.clone()));
-    let writer = out.clone();
+    let inbox = session.inbox();
     tokio::spawn(async move {
         let reason = read(reader, &inbox).await;
-        writer.end();
+        out.end();
         inbox.close(&reason);
     });
-    Port::new(out)
+}
+
+/// The bytes that say goodbye, for an end that has no session yet.
+pub fn goodbye(reason: &str) -> Vec<u8> {
+    let mut bytes = GOODBYE.to_le_bytes().to_vec();
+    bytes.extend_from_slice(&(reason.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(reason.as_bytes());
+    bytes
 }
 
 struct Out {
@@ -120,11 +133,8 @@ impl Inbox for Out {
     }
 
     fn close(&self, reason: &str) {
-        let mut goodbye = GOODBYE.to_le_bytes().to_vec();
-        goodbye.extend_from_slice(&(reason.len() as u32).to_le_bytes());
-        goodbye.extend_from_slice(reason.as_bytes());
         // A peer that is gone needs no goodbye.
-        let _ = self.send(&[&goodbye]);
+        let _ = self.send(&[&goodbye(reason)]);
         self.end();
     }
 }

@@ -8,7 +8,6 @@
 //! end's own runtime, a reply wakes the caller, an item goes into the caller's queue.
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
@@ -16,8 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use futures::FutureExt;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -28,16 +28,20 @@ use crate::frame::{Codec, Head, Inbox, Kind, Reader, Writer};
 use crate::logging::{self, Record};
 use crate::stream::Stream;
 
+mod desk;
 mod outgoing;
 mod serving;
 mod streams;
+mod table;
 
 pub use outgoing::Request;
 pub use serving::{Incoming, Outcome, ServeFuture};
 pub use streams::RemoteStream;
 
+use desk::Desk;
 use outgoing::Outgoing;
-use serving::{Server, Serving};
+use serving::Serving;
+use table::{PARTS, Table};
 
 /// Items that may be under way in one stream before the consumer has read any.
 pub(crate) const WINDOW: u32 = 256;
@@ -85,44 +89,50 @@ impl WeakSession {
     }
 }
 
+/// On cache lines of its own, apart from the count of its owners: every call changes that count, and reads most of this.
+#[repr(align(128))]
 struct Inner {
     role: Role,
-    next: AtomicU64,
+    next: Apart<AtomicU64>,
     /// Where frames go; gone once the session is closed, so that the two ends do not keep each other alive.
-    port: RwLock<Option<Port>>,
+    port: ArcSwapOption<Port>,
     closed: AtomicBool,
     reason: Mutex<String>,
-    outgoing: Mutex<HashMap<u64, Outgoing, IdHash>>,
-    serving: Mutex<HashMap<u64, Serving, IdHash>>,
+    outgoing: Table<Outgoing>,
+    serving: Table<Serving>,
     serve: Arc<dyn Serve>,
     runtime: Handle,
-    /// Tasks that wait for a call to serve.
-    idle: Mutex<Vec<Arc<Server>>>,
+    desk: Apart<Desk>,
     /// Whether the task that watches deadlines has been started.
     sweeping: AtomicBool,
 }
+
+/// What changes with every call, beside what does not.
+#[repr(align(128))]
+#[derive(Default)]
+struct Apart<T>(T);
 
 impl Session {
     /// Makes an end that serves with `serve` on `runtime`. It can be called once `attach` has given it the other end's port.
     pub fn new(role: Role, serve: Arc<dyn Serve>, runtime: Handle) -> Self {
         Self(Arc::new(Inner {
             role,
-            next: AtomicU64::new(if role == Role::Host { 2 } else { 1 }),
-            port: RwLock::new(None),
+            next: Apart(AtomicU64::new(if role == Role::Host { 2 } else { 1 })),
+            port: ArcSwapOption::empty(),
             closed: AtomicBool::new(false),
             reason: Mutex::new(String::new()),
-            outgoing: Mutex::default(),
-            serving: Mutex::default(),
+            outgoing: Table::default(),
+            serving: Table::default(),
             serve,
             runtime,
-            idle: Mutex::default(),
+            desk: Apart::default(),
             sweeping: AtomicBool::new(false),
         }))
     }
 
     pub fn attach(&self, port: Port) {
         if !self.is_closed() {
-            *self.0.port.write() = Some(port);
+            self.0.port.store(Some(Arc::new(port)));
         }
     }
 
@@ -136,13 +146,13 @@ impl Session {
     }
 
     /// Starts a call of `method`, written `kind.name`.
-    pub fn request<'a>(&self, cx: &'a Cx, method: &'a str) -> Request<'a> {
-        Request::new(self.0.clone(), cx, method)
+    pub fn request<'a>(&'a self, cx: &'a Cx, method: &'a str) -> Request<'a> {
+        Request::new(&self.0, cx, method)
     }
 
     /// Tells both ends that it is over: running calls fail with `Unavailable`, calls being served are cancelled.
     pub fn close(&self, reason: &str) {
-        let port = self.0.port.read().clone();
+        let port = self.0.port.load_full();
         self.0.shut(reason);
         if let Some(port) = port {
             port.close(reason);
@@ -155,10 +165,8 @@ impl Session {
 
     /// Cancels every call of a kind's method that is being served: all but those of the plugin interface itself.
     pub fn cancel_served(&self) {
-        for served in self.0.serving.lock().values() {
-            if served.of_a_kind {
-                served.shut_down();
-            }
+        for part in self.0.serving.parts() {
+            part.iter().filter(|(_, served)| served.of_a_kind).for_each(|(_, served)| served.shut_down());
         }
     }
 
@@ -176,8 +184,7 @@ impl Session {
 
 impl Inner {
     fn send(&self, frame: Frame) -> std::result::Result<(), Closed> {
-        let port = self.port.read().clone();
-        port.ok_or(Closed)?.deliver(frame)
+        self.port.load().as_ref().ok_or(Closed)?.deliver(frame)
     }
 
     fn is_mine(&self, id: u64) -> bool {
@@ -195,15 +202,15 @@ impl Inner {
             return;
         }
         *self.reason.lock() = reason.to_owned();
-        self.port.write().take();
-        let outgoing: Vec<Outgoing> = self.outgoing.lock().drain().map(|(_, call)| call).collect();
+        self.port.store(None);
+        let outgoing: Vec<Outgoing> = self.outgoing.parts().flat_map(|mut part| part.drain()).collect();
         for call in outgoing {
             call.fail(self.gone());
         }
-        for served in self.serving.lock().values() {
-            served.cancel();
+        for part in self.serving.parts() {
+            part.iter().for_each(|(_, served)| served.cancel());
         }
-        self.dismiss_servers();
+        self.desk.0.close();
         self.serve.closed(reason);
     }
 
@@ -232,10 +239,10 @@ impl Inner {
     /// A cancel from the caller ends the call; one from the server says that it reads no more of the caller's stream.
     fn cancelled(&self, id: u64) -> Result<()> {
         if self.is_mine(id) {
-            if let Some(call) = self.outgoing.lock().get(&id) {
+            if let Some(call) = self.outgoing.part_of(id).get(id) {
                 call.stop_upload();
             }
-        } else if let Some(served) = self.serving.lock().get(&id) {
+        } else if let Some(served) = self.serving.part_of(id).get(id) {
             served.cancel();
         }
         Ok(())
@@ -258,32 +265,5 @@ impl Inbox for End {
 
     fn close(&self, reason: &str) {
         self.0.shut(reason);
-    }
-}
-
-#[derive(Clone, Default)]
-struct IdHash;
-
-impl std::hash::BuildHasher for IdHash {
-    type Hasher = IdHasher;
-    fn build_hasher(&self) -> IdHasher {
-        IdHasher(0)
-    }
-}
-
-/// Call ids are consecutive, so a multiplication spreads them well enough.
-struct IdHasher(u64);
-
-impl std::hash::Hasher for IdHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
-        }
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0 ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     }
 }

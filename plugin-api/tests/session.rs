@@ -147,13 +147,11 @@ async fn nodes() -> Vec<(&'static str, Node)> {
     let direct = host_session();
     direct.attach(Port::new(start(Port::new(direct.inbox()))));
 
-    let (near, far) = tokio::net::UnixStream::pair().expect("a socket pair");
+    let (near, far) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+    near.set_nonblocking(true).expect("a socket can be set so");
     let remote = host_session();
-    remote.attach(fabstir_plugin_api::ipc::carry(near, remote.inbox()));
-    // What a worker process does: the plugin's port on one side, the socket on the other.
-    let late = Arc::new(Late::default());
-    let to_host = fabstir_plugin_api::ipc::carry(far, late.clone());
-    late.0.set(start(to_host)).ok().expect("set once");
+    fabstir_plugin_api::ipc::carry(tokio::net::UnixStream::from_std(near).expect("a socket"), &remote);
+    fabstir_plugin_api::instance::connect_socket::<PluginAuthor>(far).expect("starts");
 
     let mut nodes = vec![];
     for (name, session) in [("in process", direct), ("socket", remote)] {
@@ -171,20 +169,6 @@ async fn nodes() -> Vec<(&'static str, Node)> {
 
 fn configuration() -> Configure {
     Configure { instance: "probe".into(), state_dir: std::env::temp_dir(), config: "{}".into(), log_level: "error".into() }
-}
-
-#[derive(Default)]
-struct Late(std::sync::OnceLock<Arc<dyn Inbox>>);
-
-impl Inbox for Late {
-    fn deliver(&self, frame: fabstir_plugin_api::abi::Received) -> std::result::Result<(), fabstir_plugin_api::abi::Closed> {
-        self.0.get().expect("set before any frame").deliver(frame)
-    }
-    fn close(&self, reason: &str) {
-        if let Some(inbox) = self.0.get() {
-            inbox.close(reason);
-        }
-    }
 }
 
 fn start(host: Port) -> Arc<dyn Inbox> {

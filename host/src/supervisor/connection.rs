@@ -87,7 +87,7 @@ impl Connected {
         let end = End::new(&entry.id);
         let session = Session::new(Role::Host, end.clone(), tokio::runtime::Handle::current());
         let socket = tokio::net::UnixStream::from_std(near).map_err(failed)?;
-        session.attach(ipc::carry(socket, session.inbox()));
+        ipc::carry(socket, &session);
 
         let last = LastWords::default();
         let out = child.stdout.take().map(|out| tokio::spawn(log_lines(out, entry.id.clone(), last.clone())));

@@ -1,12 +1,11 @@
-//! The worker process: this same program, opening one plugin and passing frames between it and the node.
+//! The worker process: this same program, opening one plugin and giving it its connection to the node.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
 
-use fabstir_plugin_api::abi::{Closed, Port, Received};
-use fabstir_plugin_api::frame::Inbox;
 use fabstir_plugin_api::{ipc, library};
 use tokio::process::Command;
 
@@ -56,21 +55,10 @@ pub fn main() -> ExitCode {
     if let Some(bytes) = memory {
         limit(libc::RLIMIT_DATA as u32, bytes);
     }
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("no runtime could be started: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let result = match probe {
-        true => runtime.block_on(crate::loader::probe_child(&file)).map(|answer| println!("{answer}")),
-        false => runtime.block_on(serve(&file)),
-    };
+    let result = if probe { self::probe(&file) } else { serve(&file) };
     if let Err(error) = &result {
         eprintln!("{error}");
     }
-    use std::io::Write;
     // Whatever the plugin still runs ends with the process. Its exit handlers are not run: they may wait for such threads.
     let _ = std::io::stdout().flush();
     // SAFETY: `_exit` only ends the process.
@@ -99,65 +87,35 @@ fn limit(resource: u32, value: u64) {
     }
 }
 
-async fn serve(file: &Path) -> Result<(), String> {
-    // SAFETY: the node passes the socket as standard input, and nothing else in this process uses descriptor 0.
-    let socket = std::os::unix::net::UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
-    socket.set_nonblocking(true).map_err(|error| format!("the connection to the node cannot be used: {error}"))?;
-    let socket = tokio::net::UnixStream::from_std(socket).map_err(|error| format!("standard input is no socket: {error}"))?;
-    let relay = Arc::new(Relay::default());
-    let to_host = ipc::carry(socket, relay.clone());
-    let started = start(file, to_host.clone());
-    match started {
-        Ok(plugin) => {
-            // Nothing was delivered before: the reader task runs on this thread, which has not waited yet.
-            let _ = relay.plugin.set(plugin);
-        }
-        Err(error) => {
-            to_host.close(&error);
-            // The goodbye leaves with the next turn of the runtime.
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            return Err(error);
-        }
-    }
-    relay.ended.notified().await;
+fn probe(file: &Path) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("no runtime could be started: {error}"))?;
+    println!("{}", runtime.block_on(crate::loader::probe_child(file))?);
     Ok(())
 }
 
-fn start(file: &Path, to_host: Port) -> Result<Port, String> {
-    // SAFETY: the node has checked the file against the operator's policy, and this process exists to contain it.
-    let root = unsafe { library::open(file) }.map_err(|error| error.to_string())?;
-    root.connect(Arc::new(ToHost(to_host))).map_err(|error| error.to_string())
+/// Opens the plugin, gives it the connection to the node, and returns when the node has ended it.
+fn serve(file: &Path) -> Result<(), String> {
+    // SAFETY: the node passes the socket as standard input, and nothing else in this process uses descriptor 0.
+    let mut socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
+    let started = socket.try_clone().map_err(|error| format!("standard input is no socket: {error}")).and_then(|theirs| {
+        // SAFETY: the node has checked the file against the operator's policy, and this process exists to contain it.
+        let root = unsafe { library::open(file) }.map_err(|error| error.to_string())?;
+        root.connect_socket(theirs).map_err(|error| error.to_string())
+    });
+    if let Err(error) = started {
+        // A node that is gone needs no goodbye.
+        let _ = socket.write_all(&ipc::goodbye(&error));
+        return Err(error);
+    }
+    wait_for_end(&socket);
+    Ok(())
 }
 
-/// Frames from the node, on their way to the plugin.
-#[derive(Default)]
-struct Relay {
-    plugin: OnceLock<Port>,
-    ended: tokio::sync::Notify,
-}
-
-impl Inbox for Relay {
-    fn deliver(&self, frame: Received) -> Result<(), Closed> {
-        self.plugin.get().ok_or(Closed)?.forward(frame)
-    }
-
-    fn close(&self, reason: &str) {
-        if let Some(plugin) = self.plugin.get() {
-            plugin.close(reason);
-        }
-        self.ended.notify_one();
-    }
-}
-
-/// Frames from the plugin, on their way to the node.
-struct ToHost(Port);
-
-impl Inbox for ToHost {
-    fn deliver(&self, frame: Received) -> Result<(), Closed> {
-        self.0.forward(frame)
-    }
-
-    fn close(&self, reason: &str) {
-        self.0.close(reason);
-    }
+/// Waits until the node has closed its end. The plugin's own threads read the connection; they may hang, this one does not.
+fn wait_for_end(socket: &UnixStream) {
+    let ended = if cfg!(target_os = "linux") { libc::POLLRDHUP } else { libc::POLLHUP };
+    let mut watched = libc::pollfd { fd: socket.as_raw_fd(), events: ended, revents: 0 };
+    // SAFETY: one descriptor, open for as long as the call takes.
+    while unsafe { libc::poll(&mut watched, 1, -1) } < 0 && std::io::Error::last_os_error().kind() == ErrorKind::Interrupted {}
 }

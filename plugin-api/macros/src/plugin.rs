@@ -164,7 +164,13 @@ pub fn expand(attributes: TokenStream, item: TokenStream) -> Result<TokenStream>
                 ::fabstir_plugin_api::logging::install();
                 connect(host)
             }
-            ::fabstir_plugin_api::export_plugin_root!(exported);
+            fn exported_socket(
+                socket: ::std::os::unix::net::UnixStream,
+            ) -> ::std::result::Result<(), ::std::string::String> {
+                ::fabstir_plugin_api::logging::install();
+                ::fabstir_plugin_api::instance::connect_socket::<PluginAuthor>(socket)
+            }
+            ::fabstir_plugin_api::export_plugin_root!(exported, exported_socket);
 
             const TEXT: ::fabstir_plugin_api::manifest::Text = ::fabstir_plugin_api::manifest::write(
                 &<PluginAuthor as ::fabstir_plugin_api::instance::Author>::ABOUT,

@@ -60,8 +60,10 @@ impl Inner {
                     return;
                 }
                 let now = Instant::now();
-                let late: Vec<u64> =
-                    inner.outgoing.lock().iter().filter(|(_, call)| call.is_late(now)).map(|(id, _)| *id).collect();
+                let mut late = Vec::new();
+                for part in inner.outgoing.parts() {
+                    late.extend(part.iter().filter(|(_, call)| call.is_late(now)).map(|(id, _)| *id));
+                }
                 for id in late {
                     inner.expire(id);
                 }
@@ -70,7 +72,7 @@ impl Inner {
     }
 
     fn expire(&self, id: u64) {
-        let call = self.outgoing.lock().remove(&id);
+        let call = self.outgoing.remove(id);
         if let Some(call) = call {
             // A closed session has cancelled everything already.
             let _ = self.send(Writer::new(Kind::Cancel, id).finish());
@@ -82,14 +84,14 @@ impl Inner {
         if !self.is_mine(head.id) {
             return Err(PluginError::protocol("a reply to a call that this end did not make"));
         }
-        let mut outgoing = self.outgoing.lock();
+        let mut outgoing = self.outgoing.part_of(head.id);
         // A reply may cross a cancel on its way: then nobody waits for it.
-        let Some(call) = outgoing.get_mut(&head.id) else { return Ok(()) };
+        let Some(call) = outgoing.get_mut(head.id) else { return Ok(()) };
         let Some(reply) = call.reply.take() else {
             return Err(PluginError::protocol("a second reply to one call"));
         };
         if head.error.is_some() || call.inflow.is_none() {
-            let call = outgoing.remove(&head.id);
+            let call = outgoing.remove(head.id);
             drop(outgoing);
             if let Some(call) = call {
                 call.stop_upload();
@@ -111,9 +113,9 @@ impl Inner {
             return Err(PluginError::protocol(format!("credit for {count} items at once")));
         }
         let credit = if self.is_mine(id) {
-            self.outgoing.lock().get(&id).and_then(|call| call.upload.clone())
+            self.outgoing.part_of(id).get(id).and_then(|call| call.upload.clone())
         } else {
-            self.serving.lock().get(&id).and_then(|served| served.credit.clone())
+            self.serving.part_of(id).get(id).and_then(|served| served.credit.clone())
         };
         if let Some(credit) = credit {
             if credit.available_permits() > 1 << 24 {
@@ -126,7 +128,7 @@ impl Inner {
 
     /// Forgets a call that its caller has given up, and tells the other end.
     pub(super) fn abandon(&self, id: u64) {
-        let call = self.outgoing.lock().remove(&id);
+        let call = self.outgoing.remove(id);
         if call.is_some() {
             // A closed session has cancelled everything already.
             let _ = self.send(Writer::new(Kind::Cancel, id).finish());
@@ -135,13 +137,13 @@ impl Inner {
 }
 
 /// Cancels the call when the future that makes it is dropped.
-struct Guard {
-    inner: Arc<Inner>,
+struct Guard<'a> {
+    inner: &'a Inner,
     id: u64,
     armed: bool,
 }
 
-impl Drop for Guard {
+impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if self.armed {
             self.inner.abandon(self.id);
@@ -152,7 +154,7 @@ impl Drop for Guard {
 /// A call being put together. Nothing is sent before `send` or `open`.
 #[must_use]
 pub struct Request<'a> {
-    inner: Arc<Inner>,
+    inner: &'a Arc<Inner>,
     cx: &'a Cx,
     id: u64,
     method: &'a str,
@@ -162,8 +164,8 @@ pub struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    pub(super) fn new(inner: Arc<Inner>, cx: &'a Cx, method: &'a str) -> Self {
-        let id = inner.next.fetch_add(2, Ordering::Relaxed);
+    pub(super) fn new(inner: &'a Arc<Inner>, cx: &'a Cx, method: &'a str) -> Self {
+        let id = inner.next.0.fetch_add(2, Ordering::Relaxed);
         Self { inner, cx, id, method, writer: None, upload: None, error: None }
     }
 
@@ -207,7 +209,7 @@ impl<'a> Request<'a> {
         Ok(Stream::remote(RemoteStream::down::<C>(inner, id, events, deadline)))
     }
 
-    async fn exchange(mut self, window: u32, inflow: Option<Inflow>) -> Result<(Reader, Guard)> {
+    async fn exchange(mut self, window: u32, inflow: Option<Inflow>) -> Result<(Reader, Guard<'a>)> {
         if let Some(error) = self.error.take() {
             return Err(error);
         }
@@ -233,16 +235,16 @@ impl<'a> Request<'a> {
         let streams = inflow.is_some();
         self.inner
             .outgoing
-            .lock()
+            .part_of(self.id)
             .insert(self.id, Outgoing { reply: Some(reply), inflow, upload: credit.clone(), task: None, deadline });
-        let mut guard = Guard { inner: self.inner.clone(), id: self.id, armed: true };
+        let mut guard = Guard { inner: self.inner, id: self.id, armed: true };
         if self.inner.closed.load(Ordering::Acquire) || self.inner.send(frame).is_err() {
             return Err(self.inner.gone());
         }
         if let Some((items, credit)) = self.upload.take().zip(credit) {
             let (inner, id) = (self.inner.clone(), self.id);
             let task = AbortOnDrop(self.inner.runtime.spawn(upload(inner, id, items, credit)));
-            if let Some(call) = self.inner.outgoing.lock().get_mut(&self.id) {
+            if let Some(call) = self.inner.outgoing.part_of(self.id).get_mut(self.id) {
                 call.task = Some(task);
             }
         }

@@ -3,10 +3,7 @@
 use super::outgoing::late;
 use super::streams::{Inflow, ItemSource, Items, pump};
 use std::ops::Range;
-use std::sync::Weak;
 use std::task::Poll;
-
-use tokio::sync::Notify;
 
 use super::*;
 
@@ -47,6 +44,8 @@ pub struct Incoming {
     inner: Arc<Inner>,
     id: u64,
     cx: Cx,
+    /// Credit for the answer's stream, where the caller expects one.
+    credit: Option<Arc<Semaphore>>,
     method: Range<usize>,
     arguments: Reader,
 }
@@ -70,7 +69,7 @@ impl Incoming {
     /// The stream that comes along with the call. To be asked for once.
     pub fn upload<C: Codec>(&mut self) -> Result<Stream<C::Item>> {
         let (inflow, events) = Inflow::new(C::WINDOW);
-        match self.inner.serving.lock().get_mut(&self.id) {
+        match self.inner.serving.part_of(self.id).get_mut(self.id) {
             Some(serving) if serving.inflow.is_none() => serving.inflow = Some(inflow),
             Some(_) => return Err(PluginError::protocol("a call has one stream at most")),
             None => return Err(PluginError::cancelled()),
@@ -101,20 +100,20 @@ enum Answer {
     Stream(Box<dyn ItemSource>),
 }
 
-/// Forgets a served call when its task ends, however it ends.
-struct Served {
-    inner: Arc<Inner>,
+/// Forgets a served call when it ends, however it ends.
+struct Served<'a> {
+    inner: &'a Inner,
     id: u64,
 }
 
-impl Drop for Served {
+impl Drop for Served<'_> {
     fn drop(&mut self) {
-        self.inner.serving.lock().remove(&self.id);
+        self.inner.serving.remove(self.id);
     }
 }
 
 impl Inner {
-    /// Starts a task for a call. Runs on the caller's thread, so it does no more than that.
+    /// Takes a call in. Runs on the caller's thread, so nothing of the method runs here.
     pub(super) fn accept(self: &Arc<Self>, head: Head, received: Received) -> Result<()> {
         if self.is_mine(head.id) {
             return Err(PluginError::protocol("a call with an id of this end's own"));
@@ -135,43 +134,25 @@ impl Inner {
         let window = head.count.unwrap_or(0).min(1 << 20) as usize;
         let credit = (window > 0).then(|| Arc::new(Semaphore::new(window)));
         {
-            let mut serving = self.serving.lock();
-            if serving.len() >= MAX_IN_FLIGHT {
+            let mut serving = self.serving.part_of(head.id);
+            // Only a part with its share of the most calls asks how many there are in all.
+            if serving.len() >= MAX_IN_FLIGHT / PARTS {
                 drop(serving);
-                let busy = PluginError::new(Code::Overloaded, format!("{MAX_IN_FLIGHT} calls are running"));
-                self.refuse(head.id, busy.retry_after(Duration::from_millis(100)));
-                return Ok(());
+                if self.serving.len() >= MAX_IN_FLIGHT {
+                    let busy = PluginError::new(Code::Overloaded, format!("{MAX_IN_FLIGHT} calls are running"));
+                    self.refuse(head.id, busy.retry_after(Duration::from_millis(100)));
+                    return Ok(());
+                }
+                serving = self.serving.part_of(head.id);
             }
-            if serving.contains_key(&head.id) {
+            if serving.get(head.id).is_some() {
                 return Err(PluginError::protocol("a call with the id of a running one"));
             }
             serving.insert(head.id, Serving { cx: cx.clone(), of_a_kind, credit: credit.clone(), inflow: None });
         }
-        let served = Served { inner: self.clone(), id: head.id };
-        let call =
-            Incoming { inner: self.clone(), id: head.id, cx, method: head.method, arguments: Reader::new(received, head.body) };
-        self.hand_over(Job { served, call, credit });
+        let arguments = Reader::new(received, head.body);
+        self.hand_over(Incoming { inner: self.clone(), id: head.id, cx, credit, method: head.method, arguments });
         Ok(())
-    }
-
-    /// Gives a call to a task that has nothing to do, or to a new one. Tasks are kept because starting one costs more than a whole
-    /// null call.
-    fn hand_over(self: &Arc<Self>, job: Job) {
-        let idle = self.idle.lock().pop();
-        match idle {
-            Some(server) => {
-                *server.job.lock() = Some(job);
-                server.called.notify_one();
-            }
-            None => drop(self.runtime.spawn(serve_calls(Arc::downgrade(self), job))),
-        }
-    }
-
-    /// Ends the tasks that have nothing to do.
-    pub(super) fn dismiss_servers(&self) {
-        for server in self.idle.lock().drain(..) {
-            server.called.notify_one();
-        }
     }
 
     fn refuse(&self, id: u64, error: PluginError) {
@@ -180,46 +161,11 @@ impl Inner {
     }
 }
 
-/// A call on its way to the task that serves it.
-struct Job {
-    served: Served,
-    call: Incoming,
-    credit: Option<Arc<Semaphore>>,
-}
-
-/// A task that serves one call after the other, seen by those who have calls to serve.
-#[derive(Default)]
-pub(super) struct Server {
-    job: Mutex<Option<Job>>,
-    called: Notify,
-}
-
-/// Tasks that wait for a next call. More end when they have nothing to do.
-const MAX_IDLE: usize = 64;
-
-async fn serve_calls(inner: Weak<Inner>, first: Job) {
-    let own = Arc::<Server>::default();
-    let mut next = Some(first);
-    while let Some(job) = next {
-        run(job).await;
-        {
-            let Some(inner) = inner.upgrade() else { return };
-            let mut idle = inner.idle.lock();
-            // Looked at under the lock, which `dismiss_servers` takes after the flag is set.
-            if idle.len() >= MAX_IDLE || inner.closed.load(Ordering::Acquire) {
-                return;
-            }
-            idle.push(own.clone());
-        }
-        own.called.notified().await;
-        next = own.job.lock().take();
-    }
-}
-
-async fn run(job: Job) {
-    let Job { served, call, credit } = job;
-    let (inner, id) = (&served.inner, served.id);
-    let cx = call.cx.clone();
+/// Serves a call to its end.
+pub(super) async fn serve(inner: &Arc<Inner>, call: Incoming) {
+    let id = call.id;
+    let _served = Served { inner, id };
+    let (cx, credit) = (call.cx.clone(), call.credit.clone());
     let _admitted = match inner.serve.admit(call.method()) {
         Ok(admitted) => admitted,
         Err(error) => return inner.refuse(id, error),

@@ -44,8 +44,8 @@ impl Inner {
         let reader = Reader::new(received, head.body);
         let id = head.id;
         if self.is_mine(id) {
-            let mut outgoing = self.outgoing.lock();
-            let Some(inflow) = outgoing.get_mut(&id).and_then(|call| call.inflow.as_mut()) else { return Ok(()) };
+            let mut outgoing = self.outgoing.part_of(id);
+            let Some(inflow) = outgoing.get_mut(id).and_then(|call| call.inflow.as_mut()) else { return Ok(()) };
             if let Err(error) = inflow.take(reader, count) {
                 inflow.end(Some(error.clone()));
                 drop(outgoing);
@@ -53,8 +53,8 @@ impl Inner {
                 return Err(error);
             }
         } else {
-            let mut serving = self.serving.lock();
-            let Some(inflow) = serving.get_mut(&id).and_then(|served| served.inflow.as_mut()) else { return Ok(()) };
+            let mut serving = self.serving.part_of(id);
+            let Some(inflow) = serving.get_mut(id).and_then(|served| served.inflow.as_mut()) else { return Ok(()) };
             if let Err(error) = inflow.take(reader, count) {
                 inflow.end(Some(error.clone()));
                 return Err(error);
@@ -65,14 +65,14 @@ impl Inner {
 
     pub(super) fn ended(&self, head: Head) -> Result<()> {
         if self.is_mine(head.id) {
-            let call = self.outgoing.lock().remove(&head.id);
+            let call = self.outgoing.remove(head.id);
             if let Some(call) = call {
                 call.stop_upload();
                 if let Some(inflow) = &call.inflow {
                     inflow.end(head.error);
                 }
             }
-        } else if let Some(inflow) = self.serving.lock().get(&head.id).and_then(|served| served.inflow.as_ref()) {
+        } else if let Some(inflow) = self.serving.part_of(head.id).get(head.id).and_then(|served| served.inflow.as_ref()) {
             inflow.end(head.error);
         }
         Ok(())
@@ -83,11 +83,11 @@ impl Inner {
         {
             let (mut outgoing, mut serving);
             let inflow = if self.is_mine(id) {
-                outgoing = self.outgoing.lock();
-                outgoing.get_mut(&id).and_then(|call| call.inflow.as_mut())
+                outgoing = self.outgoing.part_of(id);
+                outgoing.get_mut(id).and_then(|call| call.inflow.as_mut())
             } else {
-                serving = self.serving.lock();
-                serving.get_mut(&id).and_then(|served| served.inflow.as_mut())
+                serving = self.serving.part_of(id);
+                serving.get_mut(id).and_then(|served| served.inflow.as_mut())
             };
             match inflow {
                 Some(inflow) => inflow.granted += u64::from(count),
@@ -184,7 +184,7 @@ impl<T> RemoteStream<T> {
         }
         if self.inner.is_mine(self.id) {
             self.inner.abandon(self.id);
-        } else if self.inner.serving.lock().get_mut(&self.id).is_some_and(|served| served.inflow.take().is_some()) {
+        } else if self.inner.serving.part_of(self.id).get_mut(self.id).is_some_and(|served| served.inflow.take().is_some()) {
             let _ = self.inner.send(Writer::new(Kind::Cancel, self.id).finish());
         }
     }
