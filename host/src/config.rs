@@ -154,16 +154,17 @@ pub struct Scheduler {
     /// Default: `131072`.
     /// Example: `queue_tokens = 32768`.
     pub queue_tokens: usize,
-    /// How often a request that has produced nothing yet is tried again after its plugin failed.
+    /// How often a request that has produced nothing yet is tried again after its plugin failed. It may be what made the plugin fail, so
+    /// each such request runs without another of them beside it.
     ///
-    /// Default: `2`.
+    /// Default: `1`.
     /// Example: `retries = 0`.
     pub retries: u32,
 }
 
 impl Default for Scheduler {
     fn default() -> Self {
-        Self { queue: 64, queue_tokens: 131_072, retries: 2 }
+        Self { queue: 64, queue_tokens: 131_072, retries: 1 }
     }
 }
 

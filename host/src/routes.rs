@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::inference::Inference;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 /// One moment's picture. A new one is published whenever a plugin becomes ready, drains, dies or is replaced.
@@ -58,6 +60,8 @@ pub struct InFlight {
     word: AtomicU64,
     limit: u64,
     ended: Notify,
+    /// When the last guard left that left nobody behind.
+    left: Mutex<Option<Instant>>,
 }
 
 const DRAINING: u64 = 1 << 63;
@@ -66,7 +70,7 @@ impl InFlight {
     /// At most `limit` guards at a time; `None` sets no limit.
     pub fn new(limit: Option<u32>) -> Arc<InFlight> {
         let limit = limit.map_or(DRAINING - 1, u64::from);
-        Arc::new(InFlight { word: AtomicU64::new(0), limit, ended: Notify::new() })
+        Arc::new(InFlight { word: AtomicU64::new(0), limit, ended: Notify::new(), left: Mutex::default() })
     }
 
     /// `None` when the generation drains, or is as full as the operator allows.
@@ -86,6 +90,12 @@ impl InFlight {
     /// How many are inside.
     pub fn count(&self) -> u64 {
         self.word.load(Ordering::Acquire) & !DRAINING
+    }
+
+    /// Whether somebody is inside, or was until a moment ago: those inside leave as soon as the plugin fails, and the supervisor may hear
+    /// of it after them.
+    pub fn is_or_was_busy(&self) -> bool {
+        self.count() > 0 || self.left.lock().is_some_and(|left| left.elapsed() < Duration::from_secs(1))
     }
 
     /// Returns once nobody is inside. Call [`drain`](Self::drain) first, or others may enter in the meantime.
@@ -110,6 +120,7 @@ impl Drop for InFlightGuard {
     fn drop(&mut self) {
         let before = self.0.word.fetch_sub(1, Ordering::AcqRel);
         if before & !DRAINING == 1 {
+            *self.0.left.lock() = Some(Instant::now());
             self.0.ended.notify_waiters();
         }
     }

@@ -10,7 +10,8 @@
 //!   kept.
 //! - The queue is ordered by priority, then deadline, then arrival. A dropped call leaves it at once.
 //! - Each model of each plugin generation has as many slots as it runs generations in parallel: the plugin itself never queues.
-//! - A request that has produced nothing yet is given to the next route or the next generation when its plugin fails.
+//! - A request that has produced nothing yet is given to the next route or the next generation when its plugin fails. Such requests
+//!   go one by one, since one of them may be what made it fail.
 
 use std::cmp::Reverse;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -120,6 +121,8 @@ struct Job {
     arrived: Instant,
     ends: Instant,
     retries_left: u32,
+    /// Whether a plugin has failed while it ran.
+    suspect: bool,
     avoid: Vec<Avoided>,
 }
 
@@ -248,6 +251,7 @@ impl Scheduler {
             }
             Code::Unavailable | Code::Protocol | Code::Cancelled if job.retries_left > 0 => {
                 job.retries_left -= 1;
+                job.suspect = true;
                 job.avoid.push(Avoided {
                     plugin: held.lane.plugin.clone(),
                     generation: held.lane.generation,
@@ -283,6 +287,7 @@ impl Scheduler {
             arrived,
             ends: deadline.unwrap_or(arrived + LONGEST),
             retries_left: self.config.retries,
+            suspect: false,
             avoid: Vec::new(),
         }
     }

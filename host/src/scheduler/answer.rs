@@ -149,6 +149,7 @@ impl futures::Stream for Answer {
                             if let Chunk::Text(text) = &chunk {
                                 if !text.text.is_empty() || !text.logprobs.is_empty() {
                                     run.again = None;
+                                    run.held.acquit();
                                 }
                                 if text.tokens > 0 {
                                     answer.note_output(text);

@@ -1,7 +1,7 @@
 //! Who waits, who runs, and who is next. No clock and no task of its own: the scheduler turns it.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +26,13 @@ pub(super) struct Place {
     pub priority: Reverse<i32>,
     pub deadline: Due,
     pub arrival: u64,
+}
+
+impl Lane {
+    /// The plugin generation that the lane is of.
+    fn instance(&self) -> (String, u64) {
+        (self.plugin.clone(), self.generation)
+    }
 }
 
 /// A deadline as the queue orders it: none comes last.
@@ -56,6 +63,8 @@ pub(super) struct Waiter {
     /// Prompt tokens, estimated.
     pub tokens: u64,
     pub avoid: Vec<Avoided>,
+    /// Whether a plugin has failed while this request ran in it: it may be what made it fail.
+    pub suspect: bool,
     /// Since when nobody has served the model.
     pub orphaned: Option<Instant>,
     pub answer: oneshot::Sender<Result<Ticket, Refused>>,
@@ -66,6 +75,7 @@ pub(super) struct Ticket {
     pub route: Arc<InferenceRoute>,
     pub lane: Lane,
     pub inside: InFlightGuard,
+    pub suspect: bool,
 }
 
 #[derive(Default)]
@@ -73,6 +83,9 @@ pub(super) struct Queue {
     waiting: BTreeMap<Place, Waiter>,
     tokens: u64,
     running: HashMap<Lane, u32>,
+    /// Plugin generations in which a suspect runs. There is one in each at most: the next failure then tells which request it was, and
+    /// takes none of the others along.
+    suspects: HashSet<(String, u64)>,
     /// Lanes whose plugin said `Overloaded`, and until when it is left alone.
     held_back: HashMap<Lane, Instant>,
 }
@@ -115,6 +128,11 @@ impl Queue {
         }
     }
 
+    /// Lets the next suspect into a lane's plugin: the one there has ended, or has produced output.
+    pub fn clear_suspect(&mut self, lane: &Lane) {
+        self.suspects.remove(&lane.instance());
+    }
+
     pub fn hold_back(&mut self, lane: Lane, until: Instant) {
         self.held_back.insert(lane, until);
     }
@@ -152,6 +170,9 @@ impl Queue {
             let waiter = &self.waiting[&place];
             if let Some(ticket) = self.ticket(routes, waiter, now) {
                 *self.running.entry(ticket.lane.clone()).or_default() += 1;
+                if ticket.suspect {
+                    self.suspects.insert(ticket.lane.instance());
+                }
                 self.answer(&place, Ok(ticket));
             }
         }
@@ -168,10 +189,11 @@ impl Queue {
         lanes(routes, &waiter.model).find_map(|(route, lane, parallel)| {
             let avoided = waiter.avoid.iter().any(|a| a.plugin == lane.plugin && a.generation == lane.generation);
             let busy = self.running.get(&lane).is_some_and(|running| *running >= parallel);
-            if avoided || busy || self.is_held_back(&lane, now) {
+            let behind_another = waiter.suspect && self.suspects.contains(&lane.instance());
+            if avoided || busy || behind_another || self.is_held_back(&lane, now) {
                 return None;
             }
-            Some(Ticket { inside: route.in_flight.enter()?, route: route.clone(), lane })
+            Some(Ticket { inside: route.in_flight.enter()?, route: route.clone(), lane, suspect: waiter.suspect })
         })
     }
 
@@ -181,6 +203,9 @@ impl Queue {
         // Whoever gives up leaves the queue before its receiver goes, so this fails only between those two steps.
         if let Err(Ok(ticket)) = waiter.answer.send(answer) {
             self.release(&ticket.lane);
+            if ticket.suspect {
+                self.clear_suspect(&ticket.lane);
+            }
         }
     }
 
@@ -215,7 +240,7 @@ mod tests {
 
     fn waiter(model: &str) -> (Waiter, oneshot::Receiver<Result<Ticket, Refused>>) {
         let (answer, receiver) = oneshot::channel();
-        (Waiter { model: model.into(), tokens: 10, avoid: Vec::new(), orphaned: None, answer }, receiver)
+        (Waiter { model: model.into(), tokens: 10, avoid: Vec::new(), suspect: false, orphaned: None, answer }, receiver)
     }
 
     fn serving(plugins: &[(&str, u32)]) -> Routes {
@@ -311,6 +336,28 @@ mod tests {
         assert_eq!(queue.next_turn(&routes), Some(later));
         queue.turn(&routes, later);
         assert_eq!(receiver.try_recv().expect("a ticket").expect("a ticket").lane.plugin, "a");
+    }
+
+    #[test]
+    fn suspects_go_one_by_one_and_others_beside_them() {
+        let routes = serving(&[("a", 4)]);
+        let now = Instant::now();
+        let mut queue = Queue::default();
+        let mut receivers: Vec<_> = [true, true, false]
+            .into_iter()
+            .zip(0..)
+            .map(|(suspect, arrival)| {
+                let (waiter, receiver) = waiter("m");
+                queue.enter(place(0, None, arrival), Waiter { suspect, ..waiter });
+                receiver
+            })
+            .collect();
+        queue.turn(&routes, now);
+        let first = receivers[0].try_recv().expect("a ticket").expect("a ticket");
+        assert!(receivers[1].try_recv().is_err() && receivers[2].try_recv().is_ok());
+        queue.clear_suspect(&first.lane);
+        queue.turn(&routes, now);
+        assert!(receivers[1].try_recv().expect("a ticket").expect("a ticket").suspect);
     }
 
     #[test]

@@ -50,14 +50,23 @@ pub(super) struct Held {
     pub metrics: ModelMetrics,
     inside: Option<InFlightGuard>,
     since: Instant,
+    suspect: bool,
 }
 
 impl Held {
     fn new(scheduler: Arc<Scheduler>, ticket: Ticket) -> Held {
-        let Ticket { route, lane, inside } = ticket;
+        let Ticket { route, lane, inside, suspect } = ticket;
         let metrics = scheduler.metrics.of_model(&lane.model);
         metrics.running.inc();
-        Held { scheduler, route, lane, metrics, inside: Some(inside), since: Instant::now() }
+        Held { scheduler, route, lane, metrics, inside: Some(inside), since: Instant::now(), suspect }
+    }
+
+    /// Takes the suspicion off a request that has produced output: whatever happens to it now, it is not tried again.
+    pub fn acquit(&mut self) {
+        if std::mem::take(&mut self.suspect) {
+            self.scheduler.state.lock().queue.clear_suspect(&self.lane);
+            self.scheduler.turn();
+        }
     }
 
     /// Ends the stay and lets its length count for estimates. Stays that failed do not: they would make the slots look faster.
@@ -71,7 +80,13 @@ impl Drop for Held {
         self.metrics.running.dec();
         // The route's door first: whoever is next may need that very place.
         self.inside.take();
-        self.scheduler.state.lock().queue.release(&self.lane);
+        {
+            let queue = &mut self.scheduler.state.lock().queue;
+            queue.release(&self.lane);
+            if self.suspect {
+                queue.clear_suspect(&self.lane);
+            }
+        }
         self.scheduler.turn();
     }
 }
@@ -79,7 +94,14 @@ impl Drop for Held {
 impl Scheduler {
     pub(super) fn enter(self: &Arc<Self>, state: &mut State, job: &Job) -> Waiting {
         let (answer, receiver) = oneshot::channel();
-        let waiter = Waiter { model: job.model.clone(), tokens: job.tokens, avoid: job.avoid.clone(), orphaned: None, answer };
+        let waiter = Waiter {
+            model: job.model.clone(),
+            tokens: job.tokens,
+            avoid: job.avoid.clone(),
+            suspect: job.suspect,
+            orphaned: None,
+            answer,
+        };
         state.queue.enter(job.place, waiter);
         Waiting { scheduler: self.clone(), place: job.place, answer: receiver }
     }

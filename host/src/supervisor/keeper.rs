@@ -9,7 +9,7 @@ use fabstir_plugin_api::plugin::Health;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use super::budget::Budget;
+use super::budget::{Budget, During};
 use super::start::{Running, StartError};
 use super::{Shared, State};
 use crate::config::PluginEntry;
@@ -82,7 +82,7 @@ impl Keeper {
             Err(StartError { error, again, artifact }) => {
                 tracing::error!(plugin = %self.entry.id, "{error}");
                 let why = error.message.clone();
-                Err(self.after_fault(why, again, artifact).await)
+                Err(self.after_fault(why, again, During::Itself, artifact).await)
             }
         }
     }
@@ -102,8 +102,8 @@ impl Keeper {
     }
 
     /// Waits out the pause before the next start, or in quarantine for a command.
-    async fn after_fault(&mut self, why: String, again: bool, artifact: Option<Artifact>) -> Next {
-        let pause = if again { self.budget.fault(Instant::now()) } else { None };
+    async fn after_fault(&mut self, why: String, again: bool, during: During, artifact: Option<Artifact>) -> Next {
+        let pause = if again { self.budget.fault(Instant::now(), during) } else { None };
         match pause {
             Some(pause) => {
                 let in_ms = pause.as_millis() as u64;
@@ -156,10 +156,11 @@ impl Keeper {
 
     /// Takes a generation that cannot go on out of service.
     async fn fallen(&mut self, running: Running, why: String) -> Next {
+        let during = if running.in_flight.is_or_was_busy() { During::Work } else { During::Itself };
         running.in_flight.drain();
         self.shared.board.withdraw(&self.entry, State::Restarting { why: why.clone(), in_ms: 0 });
         running.connected.end(&why, Duration::from_millis(100)).await;
-        self.after_fault(why, true, Some(running.artifact)).await
+        self.after_fault(why, true, during, Some(running.artifact)).await
     }
 
     /// Starts a new generation while the old one serves. Returns the one that serves afterwards, or what comes if none does.

@@ -240,6 +240,23 @@ async fn a_plugin_that_breaks_again_and_again_is_quarantined() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_kills_the_plugin_takes_no_other_along() {
+    let node = both(&faulty("", "")).await;
+    // Each of these ends two instances.
+    for number in 0..2 {
+        let innocent = node.ask_patiently("faulty", "!wait:300 all the same");
+        let killer = async {
+            eventually("the innocent one is inside", LIMIT, async || (node.running("faulty").await >= 1.0).then_some(())).await;
+            node.chat(&chat("faulty", &format!("!abort {number}"))).await
+        };
+        let (answer, reply) = tokio::join!(innocent, killer);
+        assert_eq!(answer, "all the same");
+        assert_eq!(reply.status, 503, "{reply:#?}");
+    }
+    assert_eq!(node.ask_patiently("faulty", "still there").await, "still there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn sigterm_lets_streams_end_and_leaves_nothing_behind() {
     let mut node = both(&faulty("", "delay_ms = 20")).await;
     let workers = node.workers();
