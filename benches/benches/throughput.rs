@@ -1,12 +1,16 @@
 //! How fast do answers come through the plugin boundary?
 //!
-//! Load: a model of TinyLlama's shape with random weights (22 layers, width 2048, Q4_0, 550 MB), answers of 24
-//! tokens, greedy, on one thread. Compared, in turns and in one run: a bare loop over llama.cpp, the plugin's engine without
-//! a boundary, the plugin opened in this process, and in a worker process; then four answers at a time. Last, what the boundary
-//! takes when there is no model behind it: `inference-echo` with a pause before each word, so that each is sent by itself.
+//! Compared, in turns and in one run: a bare loop over llama.cpp, the plugin's engine without a boundary, the plugin opened in this
+//! process, and in a worker process. One thread, greedy. Load:
 //!
-//! What is quoted is the speed per second of CPU time of all processes together, from the question to the answer's end: on a machine
-//! that does other work too, a second by the clock says little.
+//! 1. A model of so little that a token costs hardly more than what surrounds it: what engine, plugin and host add to a token, in CPU
+//!    time. Nothing in it depends on the model but the size of the vocabulary, which is the same in both.
+//! 2. A model of TinyLlama's shape (22 layers, width 2048, Q4_0, 550 MB), answers of 24 tokens: the speed itself, and what share of
+//!    it the addition is. On a machine that others use too, two runs of the very same work differ by a percent or more, so the
+//!    share says what the ratio of speeds cannot.
+//! 3. The same, four answers at a time.
+//!
+//! What is quoted is CPU time of all processes together, from the question to the answer's end.
 //!
 //! `make bench` runs it. `-- --profile=NAME` lets one candidate run for a profiler.
 
@@ -27,9 +31,14 @@ const SHAPE: Shape = Shape { context: 256, batch: PREFILL_CHUNK + STREAMS as u32
 
 /// One word, so that reading it is a step like those that generate.
 const PROMPT: &str = "The";
-const TOKENS: u32 = 24;
 
-/// Time for the table of one answer and of several, and rounds even where the time is up.
+/// The models, and how long their answers are.
+const MODELS: [(&str, model::Dimensions, u32); 2] = [("little", model::LITTLE, 240), ("large", model::LARGE, 24)];
+const LITTLE: usize = 0;
+const LARGE: usize = 1;
+
+/// Rounds of the little model; time for the tables of the large one, and rounds even where the time is up.
+const LITTLE_ROUNDS: usize = 200;
 const TIME: Duration = Duration::from_secs(110);
 const SEVERAL_TIME: Duration = Duration::from_secs(50);
 const LEAST_ROUNDS: usize = 5;
@@ -37,105 +46,97 @@ const LEAST_ROUNDS: usize = 5;
 const NAMES: [&str; 4] = ["llama.cpp directly", "engine", "in process", "worker"];
 const ENGINE: usize = 1;
 
-/// Tokens per second.
-struct Speed {
-    by_cpu: f64,
-    by_clock: f64,
+/// What a token took, in microseconds.
+struct Cost {
+    cpu: f64,
+    clock: f64,
 }
 
 struct Subjects {
     runtime: Runtime,
     processes: Processes,
-    direct: Direct,
-    engine: Engine,
+    direct: [Direct; 2],
+    engine: [Engine; 2],
     plugged: [Plugged; 2],
-    echo: [Plugged; 2],
     /// Requests so far: each has a prompt cache of its own, so that each reads its prompt.
     asked: usize,
 }
 
 impl Subjects {
     fn load() -> Self {
-        let path = model::random();
+        let paths = MODELS.map(|(_, dimensions, _)| model::random(dimensions));
         let runtime = runtime();
-        // The engine first: it silences llama.cpp's log.
-        let engine = Engine::load(
-            &ModelConfig {
+        // The engines first: they silence llama.cpp's log.
+        let engine = [LITTLE, LARGE].map(|model| {
+            let config = ModelConfig {
                 context: Some(SHAPE.context),
                 parallel: STREAMS as u32,
                 threads: Some(SHAPE.threads as u32),
                 prefill_chunk: PREFILL_CHUNK,
-                ..ModelConfig::new("random", &path)
-            },
-            |_| true,
-        )
-        .expect("the model loads");
-        let direct = Direct::load(&path, SHAPE);
-        let config = serde_json::json!({ "models": [{
-            "id": "random", "path": path, "context": SHAPE.context, "parallel": STREAMS, "threads": SHAPE.threads,
-            "prefill_chunk": PREFILL_CHUNK,
-        }] });
-        let paced = serde_json::json!({ "delay_ms": 2 });
-        let (plugged, echo) = runtime.block_on(async {
+                ..ModelConfig::new(MODELS[model].0, &paths[model])
+            };
+            Engine::load(&config, |_| true).expect("the model loads")
+        });
+        let direct = [LITTLE, LARGE].map(|model| Direct::load(&paths[model], SHAPE));
+        let models = [LITTLE, LARGE].map(|model| {
+            serde_json::json!({
+                "id": MODELS[model].0, "path": paths[model], "context": SHAPE.context, "parallel": STREAMS,
+                "threads": SHAPE.threads, "prefill_chunk": PREFILL_CHUNK,
+            })
+        });
+        let config = serde_json::json!({ "models": models });
+        let plugged = runtime.block_on(async {
             let plugged = [
                 Plugged::in_process("inference-llama-cpp").configure(config.clone()).await,
                 Plugged::worker("inference-llama-cpp").configure(config).await,
             ];
             for plugged in &plugged {
-                plugged.inference.load(&cx(), "random".into()).await.expect("the plugin loads the model");
+                for (name, ..) in MODELS {
+                    plugged.inference.load(&cx(), name.into()).await.expect("the plugin loads the model");
+                }
             }
-            let echo = [
-                Plugged::in_process("inference-echo").configure(paced.clone()).await,
-                Plugged::worker("inference-echo").configure(paced).await,
-            ];
-            (plugged, echo)
+            plugged
         });
-        Self { processes: Processes::now(), runtime, direct, engine, plugged, echo, asked: 0 }
-    }
-
-    fn request(&mut self) -> Generation {
-        self.asked += 1;
-        Generation { cache_salt: self.asked.to_string(), ..generation("random", PROMPT, Some(TOKENS)) }
+        Self { processes: Processes::now(), runtime, direct, engine, plugged, asked: 0 }
     }
 
     /// Asks a candidate other than the bare loop for `streams` answers at a time.
-    fn ask(&mut self, candidate: usize, streams: usize) -> Vec<Answer> {
-        let requests: Vec<Generation> = (0..streams).map(|_| self.request()).collect();
-        let answers: Vec<Answer> = if candidate == ENGINE {
-            let answers: Vec<_> = requests.iter().map(|request| from_engine(&self.engine, request)).collect();
+    fn ask(&mut self, model: usize, candidate: usize, streams: usize) -> Vec<Answer> {
+        let (name, _, tokens) = MODELS[model];
+        let requests: Vec<Generation> = (0..streams)
+            .map(|_| {
+                self.asked += 1;
+                Generation { cache_salt: self.asked.to_string(), ..generation(name, PROMPT, Some(tokens)) }
+            })
+            .collect();
+        if candidate == ENGINE {
+            let answers: Vec<_> = requests.iter().map(|request| from_engine(&self.engine[model], request)).collect();
             answers.into_iter().map(|answer| answer.recv().expect("the engine answers")).collect()
         } else {
-            let plugged = &self.plugged[candidate - ENGINE - 1];
-            from_plugged(&self.runtime, plugged, requests)
-        };
-        assert!(answers.iter().all(|answer| answer.tokens() == TOKENS), "every answer has the same length");
-        answers
+            from_plugged(&self.runtime, &self.plugged[candidate - ENGINE - 1], requests)
+        }
     }
 
-    fn one(&mut self, candidate: usize) -> Speed {
-        self.time(|subjects| match candidate {
-            0 => vec![subjects.direct.answer(PROMPT, TOKENS)],
-            _ => subjects.ask(candidate, 1),
+    fn one(&mut self, model: usize, candidate: usize) -> Cost {
+        self.time(model, |subjects| match candidate {
+            0 => vec![subjects.direct[model].answer(PROMPT, MODELS[model].2)],
+            _ => subjects.ask(model, candidate, 1),
         })
     }
 
-    fn several(&mut self, candidate: usize) -> Speed {
-        self.time(|subjects| subjects.ask(candidate, STREAMS))
+    fn several(&mut self, candidate: usize) -> Cost {
+        self.time(LARGE, |subjects| subjects.ask(LARGE, candidate, STREAMS))
     }
 
-    fn echo(&mut self, candidate: usize) -> Speed {
-        let request = generation("echo", &"word ".repeat(200), None);
-        self.time(|subjects| from_plugged(&subjects.runtime, &subjects.echo[candidate], vec![request]))
-    }
-
-    fn time(&mut self, ask: impl FnOnce(&mut Self) -> Vec<Answer>) -> Speed {
+    fn time(&mut self, model: usize, ask: impl FnOnce(&mut Self) -> Vec<Answer>) -> Cost {
         let before = self.processes.used();
         let began = Instant::now();
         let answers = ask(self);
         let clock = began.elapsed();
         let cpu = self.processes.used() - before;
-        let tokens = f64::from(answers.iter().map(Answer::tokens).sum::<u32>());
-        Speed { by_cpu: tokens / cpu.as_secs_f64(), by_clock: tokens / clock.as_secs_f64() }
+        assert!(answers.iter().all(|answer| answer.tokens() == MODELS[model].2), "every answer has the same length");
+        let each = 1e6 / f64::from(answers.iter().map(Answer::tokens).sum::<u32>());
+        Cost { cpu: cpu.as_secs_f64() * each, clock: clock.as_secs_f64() * each }
     }
 }
 
@@ -151,20 +152,25 @@ fn from_plugged(runtime: &Runtime, plugged: &Plugged, requests: Vec<Generation>)
     })
 }
 
-/// Rounds until the time is up, each candidate once a round and every second round in the opposite order.
-fn measure(title: &str, names: &[&'static str], time: Duration, mut run: impl FnMut(usize) -> Speed) -> [Rounds; 2] {
-    let mut tables =
-        [Rounds::new(format!("{title}, by CPU time"), "t/s", names), Rounds::new(format!("{title}, by the clock"), "t/s", names)];
+/// Rounds until `over` says so, each candidate once a round and every second round in the opposite order.
+fn measure(
+    title: &str,
+    names: &[&'static str],
+    over: impl Fn(usize, Duration) -> bool,
+    mut run: impl FnMut(usize) -> Cost,
+) -> [Rounds; 2] {
+    let table = |by| Rounds::new(format!("{title}: {by} of a token"), "us", names);
+    let mut tables = [table("CPU time"), table("time by the clock")];
     let began = Instant::now();
     for round in 0.. {
-        if round >= LEAST_ROUNDS && began.elapsed() > time {
+        if over(round, began.elapsed()) {
             break;
         }
         for turn in 0..names.len() {
             let candidate = if round % 2 == 0 { turn } else { names.len() - 1 - turn };
-            let speed = run(candidate);
-            tables[0].add(candidate, speed.by_cpu);
-            tables[1].add(candidate, speed.by_clock);
+            let cost = run(candidate);
+            tables[0].add(candidate, cost.cpu);
+            tables[1].add(candidate, cost.clock);
         }
     }
     tables.iter().for_each(Rounds::print);
@@ -173,29 +179,26 @@ fn measure(title: &str, names: &[&'static str], time: Duration, mut run: impl Fn
 
 fn table(subjects: &mut Subjects) {
     // What the first step of each allocates is not part of its speed.
-    for candidate in 0..NAMES.len() {
-        subjects.one(candidate);
-    }
-    let [one, _] = measure("one answer", &NAMES, TIME, |candidate| subjects.one(candidate));
-    bar("in process / directly", one.ratio(2), 0.99, false);
-    bar("worker / directly", one.ratio(3), 0.98, false);
-    let [four, _] =
-        measure("four answers at a time", &NAMES[ENGINE..], SEVERAL_TIME, |candidate| subjects.several(candidate + ENGINE));
-    bar("in process / engine", four.ratio(1), 0.99, false);
-    bar("worker / engine", four.ratio(2), 0.98, false);
-
-    let mut echo = Rounds::new("echo: CPU time of one token alone", "us", &NAMES[2..]);
-    for _ in 0..9 {
-        for candidate in 0..2 {
-            echo.add(candidate, 1e6 / subjects.echo(candidate).by_cpu);
+    for model in [LITTLE, LARGE] {
+        for candidate in 0..NAMES.len() {
+            subjects.one(model, candidate);
         }
     }
-    echo.print();
-    let token = 1e6 / one.median(0);
-    for (candidate, name) in NAMES[2..].iter().enumerate() {
-        let share = 100.0 * echo.median(candidate) / token;
-        println!("  {name}: {share:.2} % of the {token:.0} us that llama.cpp takes for a token");
+    let timed = |time| move |rounds, elapsed| rounds >= LEAST_ROUNDS && elapsed > time;
+    let [little, _] =
+        measure("little model", &NAMES, |rounds, _| rounds == LITTLE_ROUNDS, |candidate| subjects.one(LITTLE, candidate));
+    let [one, _] = measure("large model, one answer", &NAMES, timed(TIME), |candidate| subjects.one(LARGE, candidate));
+    println!("\nspeed of the large model as a share of llama.cpp called directly, from what is added to a token");
+    let token = one.median(0);
+    for (candidate, least) in [(ENGINE + 1, 0.99), (ENGINE + 2, 0.98)] {
+        let (added, error) = little.difference(candidate);
+        println!("  {}: {added:.1} +- {error:.1} us added to the {token:.0} us of a token", NAMES[candidate]);
+        // The least favourable end of what was measured.
+        bar(NAMES[candidate], token / (token + added + error), least, false);
     }
+    let [_, _] = measure("large model, four answers at a time", &NAMES[ENGINE..], timed(SEVERAL_TIME), |candidate| {
+        subjects.several(candidate + ENGINE)
+    });
 }
 
 fn main() {
@@ -209,7 +212,7 @@ fn main() {
             let candidate = NAMES.iter().position(|candidate| *candidate == name).expect("the name of a candidate");
             let began = Instant::now();
             while began.elapsed() < Duration::from_secs(20) {
-                println!("{name}: {:.2} t/s by CPU time", subjects.one(candidate).by_cpu);
+                println!("{name}: {:.2} us of CPU time a token", subjects.one(LITTLE, candidate).cpu);
             }
         }
     }

@@ -1,17 +1,26 @@
-//! A model of a real size with random weights, for speed alone: what it says means nothing.
-//!
-//! Its shape is TinyLlama's: 1.1 billion weights less a smaller vocabulary, which is tiny-chat's. The format:
+//! Models with random weights, for speed alone: what they say means nothing. Their vocabulary is tiny-chat's. The format:
 //! <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-const BLOCKS: u32 = 22;
-const WIDTH: u64 = 2048;
-const INNER: u64 = 5632;
-const HEADS: u32 = 32;
-const KEY_HEADS: u32 = 4;
+/// What a model computes with.
+#[derive(Clone, Copy)]
+pub struct Dimensions {
+    name: &'static str,
+    blocks: u32,
+    width: u32,
+    inner: u32,
+    heads: u32,
+    key_heads: u32,
+}
+
+/// TinyLlama's: 1.1 billion weights less a smaller vocabulary. 550 MB.
+pub const LARGE: Dimensions = Dimensions { name: "random-1.1b", blocks: 22, width: 2048, inner: 5632, heads: 32, key_heads: 4 };
+
+/// So little that a token costs hardly more than what surrounds it.
+pub const LITTLE: Dimensions = Dimensions { name: "random-little", blocks: 1, width: 256, inner: 256, heads: 4, key_heads: 4 };
 
 /// GGUF's numbers for types of values and of tensors.
 const U32: u32 = 4;
@@ -38,12 +47,12 @@ pub fn tiny_chat() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-chat/tiny-chat-q8_0.gguf")
 }
 
-/// The random model, written when it is first asked for: 550 MB in the target folder.
-pub fn random() -> PathBuf {
+/// A random model, written into the target folder when it is first asked for.
+pub fn random(dimensions: Dimensions) -> PathBuf {
     let here = std::env::current_exe().expect("a running program has a path");
     let target = here.ancestors().nth(3).expect("benches run from target/PROFILE/deps");
-    let path = target.join("bench-models/random-1.1b-q4_0.gguf");
-    let plan = Plan::new(&fs::read(tiny_chat()).expect("tiny-chat is part of the project"));
+    let path = target.join("bench-models").join(format!("{}-q4_0.gguf", dimensions.name));
+    let plan = Plan::new(dimensions, &fs::read(tiny_chat()).expect("tiny-chat is part of the project"));
     if fs::metadata(&path).is_ok_and(|metadata| metadata.len() == plan.size()) {
         return path;
     }
@@ -52,7 +61,7 @@ pub fn random() -> PathBuf {
     fs::create_dir_all(target.join("bench-models"))
         .and_then(|()| plan.write(BufWriter::with_capacity(1 << 20, File::create(&unfinished)?)))
         .and_then(|()| fs::rename(&unfinished, &path))
-        .expect("the target folder has 550 MB of room");
+        .expect("the target folder has room");
     path
 }
 
@@ -92,16 +101,17 @@ struct Plan {
 
 impl Plan {
     /// Takes the vocabulary, the chat template and everything else that is not the shape from another model's file.
-    fn new(donor: &[u8]) -> Self {
+    fn new(dimensions: Dimensions, donor: &[u8]) -> Self {
+        let Dimensions { name, blocks, width, inner, heads, key_heads } = dimensions;
         let shape = [
-            ("llama.block_count", BLOCKS),
-            ("llama.embedding_length", WIDTH as u32),
-            ("llama.feed_forward_length", INNER as u32),
-            ("llama.attention.head_count", HEADS),
-            ("llama.attention.head_count_kv", KEY_HEADS),
+            ("llama.block_count", blocks),
+            ("llama.embedding_length", width),
+            ("llama.feed_forward_length", inner),
+            ("llama.attention.head_count", heads),
+            ("llama.attention.head_count_kv", key_heads),
             ("general.file_type", 2),
         ];
-        let texts = [("general.name", "random-1.1b"), ("general.description", "Random weights")];
+        let texts = [("general.name", name), ("general.description", "Random weights")];
         let mut donor = Reader(donor);
         donor.take(16);
         let values = donor.u64();
@@ -120,7 +130,7 @@ impl Plan {
                 kept.push(&from[..from.len() - donor.0.len()]);
             }
         }
-        let tensors = tensors(whole.len() as u64);
+        let tensors = tensors(dimensions, whole.len() as u64);
         let mut header = b"GGUF\x03\0\0\0".to_vec();
         header.extend((tensors.len() as u64).to_le_bytes());
         header.extend(((kept.len() + shape.len() + texts.len()) as u64).to_le_bytes());
@@ -178,7 +188,8 @@ impl Plan {
     }
 }
 
-fn tensors(vocabulary: u64) -> Vec<Tensor> {
+fn tensors(dimensions: Dimensions, vocabulary: u64) -> Vec<Tensor> {
+    let (width, inner) = (u64::from(dimensions.width), u64::from(dimensions.inner));
     let mut tensors = Vec::new();
     let mut end = 0;
     let mut add = |name: String, shape: &[u64], content: Content| {
@@ -187,22 +198,22 @@ fn tensors(vocabulary: u64) -> Vec<Tensor> {
         end = (end + tensor.bytes()).next_multiple_of(ALIGNMENT);
         tensors.push(tensor);
     };
-    let keys = WIDTH / u64::from(HEADS) * u64::from(KEY_HEADS);
-    add("token_embd.weight".into(), &[WIDTH, vocabulary], Content::Random);
-    for block in 0..BLOCKS {
+    let keys = width / u64::from(dimensions.heads) * u64::from(dimensions.key_heads);
+    add("token_embd.weight".into(), &[width, vocabulary], Content::Random);
+    for block in 0..dimensions.blocks {
         let name = |part: &str| format!("blk.{block}.{part}.weight");
-        add(name("attn_norm"), &[WIDTH], Content::Ones);
-        add(name("attn_q"), &[WIDTH, WIDTH], Content::Random);
-        add(name("attn_k"), &[WIDTH, keys], Content::Random);
-        add(name("attn_v"), &[WIDTH, keys], Content::Random);
-        add(name("attn_output"), &[WIDTH, WIDTH], Content::Random);
-        add(name("ffn_norm"), &[WIDTH], Content::Ones);
-        add(name("ffn_gate"), &[WIDTH, INNER], Content::Random);
-        add(name("ffn_up"), &[WIDTH, INNER], Content::Random);
-        add(name("ffn_down"), &[INNER, WIDTH], Content::Random);
+        add(name("attn_norm"), &[width], Content::Ones);
+        add(name("attn_q"), &[width, width], Content::Random);
+        add(name("attn_k"), &[width, keys], Content::Random);
+        add(name("attn_v"), &[width, keys], Content::Random);
+        add(name("attn_output"), &[width, width], Content::Random);
+        add(name("ffn_norm"), &[width], Content::Ones);
+        add(name("ffn_gate"), &[width, inner], Content::Random);
+        add(name("ffn_up"), &[width, inner], Content::Random);
+        add(name("ffn_down"), &[inner, width], Content::Random);
     }
-    add("output_norm.weight".into(), &[WIDTH], Content::Ones);
-    add("output.weight".into(), &[WIDTH, vocabulary], Content::Output);
+    add("output_norm.weight".into(), &[width], Content::Ones);
+    add("output.weight".into(), &[width, vocabulary], Content::Output);
     tensors
 }
 

@@ -12,6 +12,13 @@ pub fn percentile(values: &mut [f64], p: f64) -> f64 {
     values[((values.len() - 1) as f64 * p).round() as usize]
 }
 
+/// How far a median may be off, with about 95 % confidence: the notch of McGill, Tukey and Larsen, 1.57 times the distance between the
+/// quartiles over the root of the number of values.
+fn notch(values: &mut [f64]) -> f64 {
+    let quartiles = percentile(values, 0.75) - percentile(values, 0.25);
+    1.57 * quartiles / (values.len() as f64).sqrt()
+}
+
 /// Measurements of several candidates, taken in turns.
 pub struct Rounds {
     title: String,
@@ -39,9 +46,19 @@ impl Rounds {
         percentile(&mut self.values[candidate].clone(), p)
     }
 
-    /// Of each round, a candidate's ratio to the first.
+    /// Of each round, what a candidate and the first make together.
+    fn pairs(&self, candidate: usize, make: impl Fn(f64, f64) -> f64) -> Vec<f64> {
+        self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| make(*value, *first)).collect()
+    }
+
     fn ratios(&self, candidate: usize) -> Vec<f64> {
-        self.values[candidate].iter().zip(&self.values[0]).map(|(value, first)| value / first).collect()
+        self.pairs(candidate, |value, first| value / first)
+    }
+
+    /// The median over the rounds of a candidate's difference to the first in the same round, and how far it may be off.
+    pub fn difference(&self, candidate: usize) -> (f64, f64) {
+        let mut differences = self.pairs(candidate, |value, first| value - first);
+        (median(&mut differences), notch(&mut differences))
     }
 
     /// The median over the rounds of a candidate's ratio to the first in the same round.
@@ -49,12 +66,9 @@ impl Rounds {
         median(&mut self.ratios(candidate))
     }
 
-    /// How far the ratio may be off, with about 95 % confidence: the notch of McGill, Tukey and Larsen, 1.57 times the distance
-    /// between the quartiles over the root of the number of rounds.
+    /// How far the ratio may be off.
     pub fn ratio_error(&self, candidate: usize) -> f64 {
-        let mut ratios = self.ratios(candidate);
-        let quartiles = percentile(&mut ratios, 0.75) - percentile(&mut ratios, 0.25);
-        1.57 * quartiles / (ratios.len() as f64).sqrt()
+        notch(&mut self.ratios(candidate))
     }
 
     pub fn print(&self) {
