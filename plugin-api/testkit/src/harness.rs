@@ -226,6 +226,11 @@ impl RawCall {
         self.deliver(Writer::new(Kind::Cancel, self.id).finish())
     }
 
+    /// Ends the stream that goes along with the call.
+    pub fn end_upload(&self) -> Result<()> {
+        self.deliver(Writer::new(Kind::End, self.id).finish())
+    }
+
     pub fn credit(&self, items: u32) -> Result<()> {
         self.deliver(Writer::new(Kind::Credit, self.id).count(items).finish())
     }

@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn the_key_is_prefix_topic_and_shard() {
-        // The peer id of an all-zero ed25519 public key's seed, and what another implementation must compute for it.
+        // An ed25519 key of 32 bytes of 7. Id and shard were computed by another program.
         let keypair = libp2p::identity::Keypair::ed25519_from_bytes([7; 32]).unwrap();
         let peer = keypair.public().to_peer_id();
         let key = topic(0xab).key_of(&peer);
@@ -86,8 +86,8 @@ mod tests {
         assert_eq!(&bytes[17..49], [0xab; 32]);
         assert_eq!(bytes.len(), 50);
         assert_eq!(bytes[49], shard_of(&peer));
-        assert_eq!(peer.to_string(), "12D3KooWRYSy83irf4pkkZVhdBQX6Go78J88zrzQJ6uAqDvKRMJP");
-        assert_eq!(shard_of(&peer), 13);
+        assert_eq!(peer.to_string(), "12D3KooWRawPbxPtP1eZaJpumGnyWX2DcUyd3RQnydr3eAto4Az7");
+        assert_eq!(shard_of(&peer), 15);
     }
 
     #[test]
