@@ -181,7 +181,7 @@ impl Instance {
         let mut writer = Writer::new(Kind::Call, id).method(method);
         writer = writer.deadline_ms(deadline.map(|deadline| deadline.as_millis() as u64)).count(credit);
         arguments(&mut writer).during("writing the arguments")?;
-        let call = RawCall { id, method: method.to_owned(), port: self.port.clone(), frames };
+        let call = RawCall { id, method: method.to_owned(), port: self.port.clone(), frames, uploads: true };
         call.deliver(writer.finish())?;
         Ok(call)
     }
@@ -215,6 +215,8 @@ pub struct RawCall {
     method: String,
     port: Port,
     frames: mpsc::UnboundedReceiver<(Head, Received)>,
+    /// Whether what concerns the stream that goes along is of interest.
+    uploads: bool,
 }
 
 impl RawCall {
@@ -226,8 +228,9 @@ impl RawCall {
         self.deliver(Writer::new(Kind::Cancel, self.id).finish())
     }
 
-    /// Ends the stream that goes along with the call.
-    pub fn end_upload(&self) -> Result<()> {
+    /// Ends the stream that goes along with the call, and hears no more of the leave to send on it.
+    pub fn end_upload(&mut self) -> Result<()> {
+        self.uploads = false;
         self.deliver(Writer::new(Kind::End, self.id).finish())
     }
 
@@ -237,7 +240,17 @@ impl RawCall {
 
     /// The next frame of the call, or `None` if none comes in time.
     pub async fn next(&mut self, limit: Duration) -> Option<Head> {
-        tokio::time::timeout(limit, self.frames.recv()).await.ok().flatten().map(|(head, _)| head)
+        tokio::time::timeout(limit, async {
+            loop {
+                let (head, _) = self.frames.recv().await?;
+                if self.uploads || !matches!(head.kind, Kind::Credit | Kind::Cancel) {
+                    return Some(head);
+                }
+            }
+        })
+        .await
+        .ok()
+        .flatten()
     }
 
     /// The next frame, which must be of this kind and without an error.

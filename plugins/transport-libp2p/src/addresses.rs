@@ -23,6 +23,19 @@ pub enum Reach {
     Public,
 }
 
+/// Whether an address has a form that can be dialled: a host, and a TCP port or QUIC on a UDP port.
+pub fn is_readable(address: &Multiaddr) -> bool {
+    let bare = without_peer(address.clone());
+    let mut parts = bare.iter();
+    let host = matches!(parts.next(), Some(Part::Ip4(_) | Part::Ip6(_) | Part::Dns(_) | Part::Dns4(_) | Part::Dns6(_)));
+    let port = match parts.next() {
+        Some(Part::Tcp(_)) => true,
+        Some(Part::Udp(_)) => matches!(parts.next(), Some(Part::QuicV1)),
+        _ => false,
+    };
+    host && port && parts.next().is_none()
+}
+
 /// From how far an address makes sense; `None` for one that cannot be dialled from anywhere.
 pub fn reach(address: &Multiaddr) -> Option<Reach> {
     match address.iter().next()? {
@@ -56,7 +69,7 @@ pub fn usable(named: impl IntoIterator<Item = Multiaddr>, met: Option<&Multiaddr
     let mut usable: Vec<Multiaddr> = Vec::new();
     for address in named {
         let address = without_peer(address);
-        if reach(&address).is_some_and(|reach| reach >= least) && !usable.contains(&address) {
+        if is_readable(&address) && reach(&address).is_some_and(|reach| reach >= least) && !usable.contains(&address) {
             usable.push(address);
         }
         if usable.len() == PER_PEER {
@@ -165,6 +178,17 @@ mod tests {
             ("/tcp/1", None),
         ] {
             assert_eq!(reach(&address(text)), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_to_dial_have_a_host_and_a_port() {
+        let peer = PeerId::random();
+        for good in ["/ip4/1.2.3.4/tcp/1", "/ip6/::1/udp/1/quic-v1", "/dns/a.b/tcp/1", &format!("/dns4/a.b/tcp/1/p2p/{peer}")] {
+            assert!(is_readable(&address(good)), "{good}");
+        }
+        for bad in ["", "/ip4/1.2.3.4", "/tcp/1", "/ip4/1.2.3.4/udp/1", "/ip4/1.2.3.4/tcp/1/ws", &format!("/p2p/{peer}")] {
+            assert!(!is_readable(&address(bad)), "{bad:?}");
         }
     }
 

@@ -6,8 +6,8 @@ use fabstir_plugin_api::prelude::*;
 use libp2p::Multiaddr;
 use libp2p::identity::{PublicKey, ed25519};
 use parking_lot::Mutex;
-use tracing::debug;
 
+use crate::addresses::is_readable;
 use crate::config::Settings;
 use crate::error::NetworkError;
 use crate::network::Network;
@@ -105,7 +105,7 @@ impl Transport for Libp2p {
 
     async fn dial(&self, _: &Cx, address: Address) -> Result<PeerId> {
         let network = self.network()?;
-        let address: Multiaddr = address.parse().map_err(|_| NetworkError::Address(address))?;
+        let address = readable(&address).ok_or(NetworkError::Address(address))?;
         Ok(PeerId(network.dial(address).await?.to_string()))
     }
 
@@ -135,13 +135,13 @@ impl Transport for Libp2p {
         let network = self.network()?;
         let peer: libp2p::PeerId = to.peer.0.parse().map_err(|_| NetworkError::PeerId(to.peer.0.clone()))?;
         let protocol = arrivals::named(&to.protocol)?;
+        // What cannot be read may be of a newer form, and the others may do.
         let addresses = to.addresses.iter().filter_map(|address| readable(address)).collect();
         let line = network.open(peer, addresses, protocol).await?;
         Ok(conversation::begin(line, outgoing, network.stall()))
     }
 }
 
-/// One of several addresses: what cannot be read may be of a newer form, and the others may do.
 fn readable(address: &str) -> Option<Multiaddr> {
-    address.parse().inspect_err(|error| debug!(address, %error, "An address cannot be read.")).ok()
+    address.parse().ok().filter(is_readable)
 }

@@ -124,6 +124,8 @@ fn kad_config(settings: &Settings) -> kad::Config {
         .set_publication_interval(None)
         .set_replication_interval(None)
         .set_caching(kad::Caching::Disabled)
+        // The network is walked by us, too: libp2p warns where there is nobody yet.
+        .set_periodic_bootstrap_interval(None)
         .set_query_timeout(Duration::from_secs(30))
         .set_max_packet_size(KAD_MESSAGE);
     config

@@ -32,7 +32,7 @@ pub struct LongStream {
 
 impl LongStream {
     fn open(&self, instance: &Instance, deadline: Option<Duration>, credit: u32) -> Result<RawCall> {
-        let call = instance.raw(self.method, deadline, credit, |writer| (self.arguments)(writer))?;
+        let mut call = instance.raw(self.method, deadline, credit, |writer| (self.arguments)(writer))?;
         if self.ends_upload {
             call.end_upload()?;
         }

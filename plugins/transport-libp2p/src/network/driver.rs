@@ -27,6 +27,9 @@ use crate::swarm::{Behaviour, BehaviourEvent, KAD};
 /// How long `join` waits for the first address of each listener.
 const LISTEN: Duration = Duration::from_secs(3);
 
+/// How long after it has joined a node has good reason to expect that it meets others.
+const MEET: Duration = Duration::from_secs(3);
+
 /// Pauses between attempts to reach a bootstrap peer: they double from the first to the second.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
@@ -56,6 +59,7 @@ pub struct Driver {
     local_dials: HashSet<ConnectionId>,
     bootstrap: Vec<Bootstrap>,
     sweep: Instant,
+    joined: Instant,
     pub(super) lookups: Lookups,
     pub(super) opens: Opens,
 }
@@ -109,6 +113,7 @@ impl Driver {
             local_dials: HashSet::new(),
             bootstrap,
             sweep: now + SWEEP,
+            joined: now,
             lookups: Lookups::new(settings.republish),
             opens: Opens::default(),
             settings,
@@ -177,6 +182,14 @@ impl Driver {
         }
         self.dial_bootstrap(now);
         self.look_up_on_time(now);
+    }
+
+    /// Whether somebody may be met in a moment: a peer that has not said who it is, one that is being dialled, or the first of all.
+    pub(super) fn is_meeting_peers(&self) -> bool {
+        let bootstraps = !self.bootstrap.is_empty();
+        let begins = self.joined.elapsed() < MEET && (bootstraps || self.settings.mdns);
+        let unnamed = self.peers.values().any(|connected| connected.agent.is_none());
+        begins || unnamed || !self.local_dials.is_empty() || (bootstraps && self.peers.is_empty())
     }
 
     fn report_ready(&mut self) {
@@ -291,6 +304,7 @@ impl Driver {
                 }
                 let address = with_peer(address, *self.swarm.local_peer_id());
                 self.tell(Event::Listening { address });
+                self.walk();
                 self.silent.remove(&listener_id);
                 self.report_ready();
             }

@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 
 use super::Reply;
 use super::driver::Driver;
-use crate::addresses::{PER_PEER, reach, without_peer};
+use crate::addresses::{PER_PEER, is_readable, reach, without_peer};
 use crate::error::NetworkError;
 use crate::topics::{SHARDS, Topic};
 
@@ -28,6 +28,10 @@ const FIRST_NODE: Duration = Duration::from_secs(3);
 /// How long new nodes are waited for before advertisements are said to them.
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// How often the network is walked for nodes, and how often at most while new ones appear.
+const WALK: Duration = Duration::from_secs(5 * 60);
+const WALK_PAUSE: Duration = Duration::from_millis(500);
+
 /// Below this many nodes in the table, each new one may be among the nearest to any topic.
 const FEW: usize = 20;
 
@@ -40,6 +44,9 @@ pub struct Lookups {
     next_republish: Instant,
     /// When it is said to new nodes.
     settled: Option<Instant>,
+    /// When the network is walked for other nodes.
+    next_walk: Instant,
+    last_walk: Instant,
     queries: HashMap<QueryId, Purpose>,
     searches: HashMap<u64, Search>,
     /// Searches that have not begun, with the time at which they begin in any case.
@@ -62,11 +69,14 @@ struct Search {
 
 impl Lookups {
     pub fn new(republish: Duration) -> Self {
+        let now = Instant::now();
         Self {
             republish,
             topics: HashSet::new(),
-            next_republish: Instant::now() + republish,
+            next_republish: now + republish,
             settled: None,
+            next_walk: now + WALK,
+            last_walk: now,
             queries: HashMap::new(),
             searches: HashMap::new(),
             parked: Vec::new(),
@@ -77,7 +87,7 @@ impl Lookups {
     pub fn next_alarm(&self) -> Option<Instant> {
         let parked = if self.searches.len() < SEARCHES { self.parked.iter().map(|(begin, ..)| *begin).min() } else { None };
         let republish = (!self.topics.is_empty()).then_some(self.next_republish);
-        [parked, republish, self.settled].into_iter().flatten().min()
+        [parked, republish, self.settled, Some(self.next_walk)].into_iter().flatten().min()
     }
 }
 
@@ -117,11 +127,13 @@ impl Driver {
 
     pub(super) fn find(&mut self, topic: Topic, sender: Sender<Peer>) {
         let now = Instant::now();
-        // A node that has just joined knows nobody to ask for a moment.
-        let hopes = !self.peers.is_empty() || !self.settings.bootstrap.is_empty() || self.settings.mdns;
-        let begin = if hopes && self.nodes() == 0 { now + FIRST_NODE } else { now };
-        self.lookups.parked.push((begin, topic, sender));
+        self.lookups.parked.push((now + FIRST_NODE, topic, sender));
         self.begin_searches(now);
+    }
+
+    /// Whether a node that could be asked may be there in a moment, though none is now.
+    fn expects_nodes(&mut self) -> bool {
+        self.nodes() == 0 && self.is_meeting_peers()
     }
 
     /// Nodes in the routing table.
@@ -130,9 +142,13 @@ impl Driver {
     }
 
     fn begin_searches(&mut self, now: Instant) {
+        if self.lookups.parked.is_empty() {
+            return;
+        }
         self.lookups.searches.retain(|_, search| !search.sender.is_closed());
+        let waits = self.expects_nodes();
         while self.lookups.searches.len() < SEARCHES
-            && let Some(due) = self.lookups.parked.iter().position(|(begin, ..)| now >= *begin)
+            && let Some(due) = self.lookups.parked.iter().position(|(begin, ..)| !waits || now >= *begin)
         {
             let (_, topic, sender) = self.lookups.parked.remove(due);
             if sender.is_closed() {
@@ -160,14 +176,15 @@ impl Driver {
         if nodes <= FEW && !self.lookups.topics.is_empty() && self.lookups.settled.is_none() {
             self.lookups.settled = Some(Instant::now() + SETTLE);
         }
-        let now = Instant::now();
-        for (begin, ..) in &mut self.lookups.parked {
-            *begin = now;
+        if nodes <= FEW {
+            let now = Instant::now();
+            let soon = (now + SETTLE).max(self.lookups.last_walk + WALK_PAUSE);
+            self.lookups.next_walk = self.lookups.next_walk.min(soon);
         }
     }
 
     pub(super) fn look_up_on_time(&mut self, now: Instant) {
-        let due = now >= self.lookups.next_republish;
+        let due = !self.lookups.topics.is_empty() && now >= self.lookups.next_republish;
         if due {
             self.lookups.next_republish = now + self.lookups.republish;
         }
@@ -177,7 +194,20 @@ impl Driver {
                 self.say(topic, None);
             }
         }
+        if now >= self.lookups.next_walk {
+            self.lookups.last_walk = now;
+            self.lookups.next_walk = now + WALK;
+            self.walk();
+        }
         self.begin_searches(now);
+    }
+
+    /// Looks for the nodes around this one, and for some further away. With nobody to ask it calls off the walk that libp2p has planned,
+    /// which would warn of it.
+    pub(super) fn walk(&mut self) {
+        if let Err(error) = self.swarm.behaviour_mut().kad.bootstrap() {
+            debug!(%error, "There is nobody to ask for other nodes.");
+        }
     }
 
     /// A query has brought something, or is over.
@@ -252,5 +282,5 @@ impl Driver {
 
 /// Of addresses that others tell of a peer, those that can be dialled at all.
 fn dialable(addresses: Vec<Multiaddr>) -> Vec<Multiaddr> {
-    addresses.into_iter().filter(|address| reach(address).is_some()).map(without_peer).take(PER_PEER).collect()
+    addresses.into_iter().filter(|address| is_readable(address) && reach(address).is_some()).map(without_peer).take(PER_PEER).collect()
 }

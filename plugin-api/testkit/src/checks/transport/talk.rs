@@ -178,7 +178,7 @@ pub async fn slow_peer_holds_back(harness: &Harness) -> Result<Outcome> {
     // Others go on meanwhile, and so does the other direction.
     answer.send(words(7, 100)).await.during("answering")?;
     ensure!(hear(&mut answers).await? == words(7, 100), "the other direction carries another message");
-    let Talk { opener: (other_ask, _), acceptor: (_, mut other_asked) } = talk(&second, &first, 1).await?;
+    let Talk { opener: (other_ask, _answers), acceptor: (_answer, mut other_asked) } = talk(&second, &first, 1).await?;
     other_ask.send(words(8, 100)).await.during("sending beside a peer that reads nothing")?;
     ensure!(hear(&mut other_asked).await? == words(8, 100), "another conversation carries another message");
 
