@@ -181,7 +181,7 @@ impl Instance {
         let mut writer = Writer::new(Kind::Call, id).method(method);
         writer = writer.deadline_ms(deadline.map(|deadline| deadline.as_millis() as u64)).count(credit);
         arguments(&mut writer).during("writing the arguments")?;
-        let call = RawCall { id, method: method.to_owned(), port: self.port.clone(), frames, uploads: true };
+        let call = RawCall { id, method: method.to_owned(), port: self.port.clone(), frames, sends_along: true };
         call.deliver(writer.finish())?;
         Ok(call)
     }
@@ -215,8 +215,8 @@ pub struct RawCall {
     method: String,
     port: Port,
     frames: mpsc::UnboundedReceiver<(Head, Received)>,
-    /// Whether what concerns the stream that goes along is of interest.
-    uploads: bool,
+    /// Whether the check itself sends the stream that goes along, if there is one.
+    sends_along: bool,
 }
 
 impl RawCall {
@@ -228,10 +228,11 @@ impl RawCall {
         self.deliver(Writer::new(Kind::Cancel, self.id).finish())
     }
 
-    /// Ends the stream that goes along with the call, and hears no more of the leave to send on it.
-    pub fn end_upload(&mut self) -> Result<()> {
-        self.uploads = false;
-        self.deliver(Writer::new(Kind::End, self.id).finish())
+    /// Ends the stream that goes along with the call as soon as there is leave to send on it; `next` does that, and tells of nothing
+    /// that concerns this stream.
+    pub fn send_nothing_along(mut self) -> Self {
+        self.sends_along = false;
+        self
     }
 
     pub fn credit(&self, items: u32) -> Result<()> {
@@ -243,8 +244,10 @@ impl RawCall {
         tokio::time::timeout(limit, async {
             loop {
                 let (head, _) = self.frames.recv().await?;
-                if self.uploads || !matches!(head.kind, Kind::Credit | Kind::Cancel) {
-                    return Some(head);
+                match head.kind {
+                    Kind::Credit if !self.sends_along => self.deliver(Writer::new(Kind::End, self.id).finish()).ok()?,
+                    Kind::Cancel if !self.sends_along => {}
+                    _ => return Some(head),
                 }
             }
         })

@@ -24,19 +24,16 @@ pub struct LongStream {
     pub arguments: Box<dyn Fn(&mut Writer) -> Result<(), PluginError>>,
     /// Calls that the plugin runs at the same time, where it has a limit.
     pub parallel: usize,
-    /// Whether a stream goes along with the call, which is then ended at once.
-    pub ends_upload: bool,
+    /// Whether a stream goes along with the call, which then ends at once.
+    pub takes_stream: bool,
     /// What must stay for as long as calls are made.
-    pub partner: Option<Box<dyn Any + Send>>,
+    pub _partner: Option<Box<dyn Any + Send>>,
 }
 
 impl LongStream {
     fn open(&self, instance: &Instance, deadline: Option<Duration>, credit: u32) -> Result<RawCall> {
-        let mut call = instance.raw(self.method, deadline, credit, |writer| (self.arguments)(writer))?;
-        if self.ends_upload {
-            call.end_upload()?;
-        }
-        Ok(call)
+        let call = instance.raw(self.method, deadline, credit, |writer| (self.arguments)(writer))?;
+        Ok(if self.takes_stream { call.send_nothing_along() } else { call })
     }
 }
 

@@ -346,7 +346,7 @@ pub(super) async fn long_stream(harness: &Harness, instance: &Instance) -> Resul
     });
     let partner: Box<dyn Any + Send> = Box::new((partner.instance, Echo(speaker)));
     let arguments = Box::new(move |writer: &mut Writer| writer.value(&destination));
-    Ok(LongStream { method: "transport.open", arguments, parallel: 32, ends_upload: true, partner: Some(partner) })
+    Ok(LongStream { method: "transport.open", arguments, parallel: 32, takes_stream: true, _partner: Some(partner) })
 }
 
 /// Insists that a call is refused as one that this kind of argument makes wrong.
