@@ -80,6 +80,7 @@ pub mod plugin;
 pub mod session;
 pub mod storage;
 pub mod stream;
+pub mod transport;
 
 /// Everything a plugin needs, in one `use`.
 pub mod prelude {
@@ -95,4 +96,5 @@ pub mod prelude {
     pub use crate::plugin::{Health, Lifecycle};
     pub use crate::storage::*;
     pub use crate::stream::{Sender, Stream};
+    pub use crate::transport::*;
 }

@@ -1,6 +1,7 @@
 //! Sessions: calls, streams, credit and cancellation over frames. One state machine, the same on both ends and over every carrier.
 //!
-//! Each end may call and each end may serve. A call has one reply and at most one stream in each direction. The sender of a stream
+//! Each end may call and each end may serve. A call has one reply and at most one stream in each direction; where it has both, either
+//! may end first, and the call is over when both have ended, or with the first error. The sender of a stream
 //! sends no more items than it was given credit for; the receiver gives credit as its consumer reads. A receiver that gets more than
 //! it granted ends the stream: a flood never piles up in memory.
 //!
@@ -239,8 +240,12 @@ impl Inner {
     /// A cancel from the caller ends the call; one from the server says that it reads no more of the caller's stream.
     fn cancelled(&self, id: u64) -> Result<()> {
         if self.is_mine(id) {
-            if let Some(call) = self.outgoing.part_of(id).get(id) {
+            let mut outgoing = self.outgoing.part_of(id);
+            if let Some(call) = outgoing.get(id) {
                 call.stop_upload();
+                let over = if call.is_answered() { outgoing.remove(id) } else { None };
+                drop(outgoing);
+                drop(over);
             }
         } else if let Some(served) = self.serving.part_of(id).get(id) {
             served.cancel();

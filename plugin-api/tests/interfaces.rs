@@ -4,6 +4,7 @@ use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, breaking_changes};
 use fabstir_plugin_api::plugin::Plugin;
 use fabstir_plugin_api::storage::Storage;
+use fabstir_plugin_api::transport::Transport;
 
 /// With `UPDATE_GOLDEN=1` an addition is written to the committed description; a breaking change never is.
 fn compare<I: Interface + ?Sized>() {
@@ -36,4 +37,9 @@ fn the_inference_interface_only_grows() {
 #[test]
 fn the_storage_interface_only_grows() {
     compare::<dyn Storage>();
+}
+
+#[test]
+fn the_transport_interface_only_grows() {
+    compare::<dyn Transport>();
 }

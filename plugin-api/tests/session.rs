@@ -104,9 +104,75 @@ impl Storage for Probe {
     }
 }
 
+/// Conversations with nobody: what the protocol's name says happens to both directions. The rest of the kind is not here.
+#[async_trait]
+impl Transport for Probe {
+    async fn open(&self, _: &Cx, to: Destination, mut outgoing: Stream<Blob>) -> Result<Stream<Blob>> {
+        let (sender, stream) = Stream::channel(4);
+        let (sent, stopped) = (self.sent.clone(), self.stopped.clone());
+        match to.protocol.as_str() {
+            // Ends its own direction at once, and reads the other one to its end.
+            "/answers-first" => drop(tokio::spawn(async move {
+                drop(sender);
+                while let Some(item) = outgoing.next().await {
+                    match item {
+                        Ok(_) => sent.fetch_add(1, Ordering::SeqCst),
+                        Err(_) => return,
+                    };
+                }
+                stopped.fetch_add(1, Ordering::SeqCst);
+            })),
+            // Reads to the end, and then answers.
+            "/answers-last" => drop(tokio::spawn(async move {
+                let mut count = 0_u8;
+                while let Some(Ok(_)) = outgoing.next().await {
+                    count += 1;
+                }
+                let _ = sender.send(Blob::from(vec![count])).await;
+            })),
+            // Ends its own direction, and lets go of the other.
+            _ => {}
+        }
+        Ok(stream)
+    }
+    async fn join(&self, _: &Cx, _: Join) -> Result<Peer> {
+        Err(PluginError::internal("not here"))
+    }
+    async fn peer_id(&self, _: &Cx, _: Vec<u8>) -> Result<PeerId> {
+        Err(PluginError::internal("not here"))
+    }
+    async fn addresses(&self, _: &Cx) -> Result<Vec<Address>> {
+        Ok(vec![])
+    }
+    async fn peers(&self, _: &Cx) -> Result<Vec<Peer>> {
+        Ok(vec![])
+    }
+    async fn events(&self, _: &Cx) -> Result<Stream<Event>> {
+        Err(PluginError::internal("not here"))
+    }
+    async fn dial(&self, _: &Cx, _: Address) -> Result<PeerId> {
+        Err(PluginError::internal("not here"))
+    }
+    async fn advertise(&self, _: &Cx, _: Topic) -> Result<()> {
+        Ok(())
+    }
+    async fn withdraw(&self, _: &Cx, _: Topic) -> Result<()> {
+        Ok(())
+    }
+    async fn find(&self, _: &Cx, _: Topic) -> Result<Stream<Peer>> {
+        Err(PluginError::internal("not here"))
+    }
+    async fn listen(&self, _: &Cx, _: Protocol) -> Result<Stream<Arrival>> {
+        Err(PluginError::internal("not here"))
+    }
+    async fn accept(&self, _: &Cx, _: u64, _: Stream<Blob>) -> Result<Stream<Blob>> {
+        Err(PluginError::internal("not here"))
+    }
+}
+
 impl Lifecycle for Probe {}
 
-#[plugin(provides = [Inference(tokenize), Storage], needs = ["nothing"])]
+#[plugin(provides = [Inference(tokenize), Storage, Transport], needs = ["nothing"])]
 async fn init(_: Host, _: Config) -> Result<Probe> {
     Ok(Probe::default())
 }
@@ -136,6 +202,7 @@ struct Node {
     plugin: Arc<dyn Plugin>,
     inference: Arc<dyn Inference>,
     storage: Arc<dyn Storage>,
+    transport: Arc<dyn Transport>,
 }
 
 fn host_session() -> Session {
@@ -159,6 +226,7 @@ async fn nodes() -> Vec<(&'static str, Node)> {
             plugin: <dyn Plugin as Interface>::client(session.clone()),
             inference: <dyn Inference as Interface>::client(session.clone()),
             storage: <dyn Storage as Interface>::client(session.clone()),
+            transport: <dyn Transport as Interface>::client(session.clone()),
             session,
         };
         node.plugin.configure(&Cx::new(), configuration()).await.expect("configures");
@@ -304,6 +372,57 @@ async fn uploads_arrive_whole_and_stop_when_refused() {
         let error = node.storage.put(&Cx::new(), limit, endless).await.expect_err("too much");
         assert_eq!(error.code, Code::Full, "{name}");
         tokio::time::timeout(Duration::from_secs(5), produced).await.expect("the producer stops").expect("without a panic");
+    }
+}
+
+fn to(protocol: &str) -> Destination {
+    Destination { peer: PeerId("nobody".into()), addresses: vec![], protocol: protocol.into() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn either_stream_of_a_call_may_end_first() {
+    for (name, node) in nodes().await {
+        let cx = Cx::new();
+        let (sender, outgoing) = Stream::channel(4);
+        let mut incoming = node.transport.open(&cx, to("/answers-first"), outgoing).await.expect("opens");
+        assert!(incoming.next().await.is_none(), "{name}: the answer ends at once");
+        drop(incoming);
+        let plugin = node.plugin.clone();
+        let drained = tokio::spawn(async move { plugin.drain(&Cx::new()).await });
+        // More than there was credit for before the answer ended.
+        for _ in 0..100 {
+            sender.send(Blob::from(vec![1])).await.expect("the other direction goes on");
+        }
+        assert!(!drained.is_finished(), "{name}: drained while a stream ran");
+        drop(sender);
+        tokio::time::timeout(Duration::from_secs(5), drained).await.expect("drains").expect("no panic").expect("no error");
+    }
+    for (name, node) in nodes().await {
+        let outgoing = Stream::from_items((0..100).map(|_| Blob::from(vec![1])));
+        let answer = node.transport.open(&Cx::new(), to("/answers-last"), outgoing).await.expect("opens").collect().await;
+        assert_eq!(answer.expect("ends well"), [Blob::from(vec![100])], "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_whose_answer_has_ended_counts_what_still_comes() {
+    for (name, node) in nodes().await {
+        let outgoing = Stream::from_items((0..100).map(|_| Blob::from(vec![1])));
+        let answer = node.transport.open(&Cx::new(), to("/answers-first"), outgoing).await.expect("opens").collect().await;
+        assert_eq!(answer.expect("ends well"), [], "{name}");
+        until("the end of the other direction", async || counter(&node, "stopped").await == 1).await;
+        assert_eq!(counter(&node, "sent").await, 100, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_nobody_reads_stops_its_producer_though_the_answer_has_ended() {
+    for (name, node) in nodes().await {
+        let (sender, outgoing) = Stream::channel(1);
+        let answer = node.transport.open(&Cx::new(), to("/lets-go"), outgoing).await.expect("opens").collect().await;
+        assert_eq!(answer.expect("ends well"), [], "{name}");
+        tokio::time::timeout(Duration::from_secs(5), sender.closed()).await.expect("the producer is told");
+        node.plugin.drain(&Cx::new().with_timeout(Duration::from_secs(5))).await.expect("nothing runs");
     }
 }
 

@@ -34,6 +34,16 @@ impl Outgoing {
         }
     }
 
+    /// Whether the stream that goes along still goes on.
+    pub(super) fn is_uploading(&self) -> bool {
+        self.upload.as_ref().is_some_and(|credit| !credit.is_closed())
+    }
+
+    /// Whether nothing more can come back.
+    pub(super) fn is_answered(&self) -> bool {
+        self.reply.is_none() && self.inflow.is_none()
+    }
+
     pub(super) fn stop_upload(&self) {
         if let Some(credit) = &self.upload {
             credit.close();
@@ -124,6 +134,16 @@ impl Inner {
             credit.add_permits(count as usize);
         }
         Ok(())
+    }
+
+    /// The stream that goes along with a call has ended: the call is forgotten now, or when its answer ends.
+    fn uploaded(&self, id: u64) {
+        let mut outgoing = self.outgoing.part_of(id);
+        let Some(call) = outgoing.get(id) else { return };
+        call.stop_upload();
+        let over = if call.is_answered() { outgoing.remove(id) } else { None };
+        drop(outgoing);
+        drop(over);
     }
 
     /// Forgets a call that its caller has given up, and tells the other end.
@@ -266,6 +286,7 @@ async fn upload(inner: Arc<Inner>, id: u64, items: Box<dyn ItemSource>, credit: 
         // A closed session ends the stream by itself.
         let _ = inner.send(Writer::new(Kind::End, id).error(&error).finish());
     }
+    inner.uploaded(id);
 }
 
 pub(super) fn late(what: &str) -> PluginError {

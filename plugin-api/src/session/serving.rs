@@ -19,6 +19,8 @@ pub(super) struct Serving {
     pub(super) credit: Option<Arc<Semaphore>>,
     /// The stream that came along, once the method has asked for it.
     pub(super) inflow: Option<Inflow>,
+    /// Ends when nobody reads that stream any more.
+    upload: Option<oneshot::Receiver<()>>,
 }
 
 impl Serving {
@@ -69,14 +71,18 @@ impl Incoming {
     /// The stream that comes along with the call. To be asked for once.
     pub fn upload<C: Codec>(&mut self) -> Result<Stream<C::Item>> {
         let (inflow, events) = Inflow::new(C::WINDOW);
+        let (running, over) = oneshot::channel();
         match self.inner.serving.part_of(self.id).get_mut(self.id) {
-            Some(serving) if serving.inflow.is_none() => serving.inflow = Some(inflow),
+            Some(serving) if serving.upload.is_none() => {
+                serving.inflow = Some(inflow);
+                serving.upload = Some(over);
+            }
             Some(_) => return Err(PluginError::protocol("a call has one stream at most")),
             None => return Err(PluginError::cancelled()),
         }
         let granted = Writer::new(Kind::Credit, self.id).count(C::WINDOW).finish();
         self.inner.send(granted).map_err(|Closed| self.inner.gone())?;
-        Ok(Stream::remote(RemoteStream::up::<C>(self.inner.clone(), self.id, events)))
+        Ok(Stream::remote(RemoteStream::up::<C>(self.inner.clone(), self.id, events, running)))
     }
 
     /// Ends the call with a value.
@@ -148,7 +154,7 @@ impl Inner {
             if serving.get(head.id).is_some() {
                 return Err(PluginError::protocol("a call with the id of a running one"));
             }
-            serving.insert(head.id, Serving { cx: cx.clone(), of_a_kind, credit: credit.clone(), inflow: None });
+            serving.insert(head.id, Serving { cx: cx.clone(), of_a_kind, credit: credit.clone(), inflow: None, upload: None });
         }
         let arguments = Reader::new(received, head.body);
         self.hand_over(Incoming { inner: self.clone(), id: head.id, cx, credit, method: head.method, arguments });
@@ -193,6 +199,12 @@ pub(super) async fn serve(inner: &Arc<Inner>, call: Incoming) {
     }
     let work = AssertUnwindSafe(async {
         pump(inner, id, source, &credit).await;
+        // The answer may end before the stream that came along: the call is over when both are.
+        let upload = inner.serving.part_of(id).get_mut(id).and_then(|served| served.upload.take());
+        if let Some(upload) = upload {
+            // Nothing is ever sent: the sender is dropped with the stream.
+            let _ = upload.await;
+        }
         Ok(())
     });
     if let Some(Err(error)) = bounded(&cx, work.catch_unwind()).await {

@@ -65,7 +65,19 @@ impl Inner {
 
     pub(super) fn ended(&self, head: Head) -> Result<()> {
         if self.is_mine(head.id) {
-            let call = self.outgoing.remove(head.id);
+            let mut outgoing = self.outgoing.part_of(head.id);
+            if head.error.is_none()
+                && let Some(call) = outgoing.get_mut(head.id)
+                && call.is_uploading()
+            {
+                // The stream in the other direction goes on.
+                if let Some(inflow) = call.inflow.take() {
+                    inflow.end(None);
+                }
+                return Ok(());
+            }
+            let call = outgoing.remove(head.id);
+            drop(outgoing);
             if let Some(call) = call {
                 call.stop_upload();
                 if let Some(inflow) = &call.inflow {
@@ -111,6 +123,8 @@ pub struct RemoteStream<T> {
     read: u32,
     deadline: Option<Pin<Box<tokio::time::Sleep>>>,
     over: bool,
+    /// On the serving side: keeps the call running, though its answer may have ended.
+    running: Option<oneshot::Sender<()>>,
 }
 
 impl<T> RemoteStream<T> {
@@ -121,14 +135,26 @@ impl<T> RemoteStream<T> {
         deadline: Option<Instant>,
     ) -> Self {
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
-        let mut stream = Self::up::<C>(inner, id, events);
+        let mut stream = Self::new::<C>(inner, id, events);
         stream.deadline = deadline;
         stream
     }
 
-    pub(super) fn up<C: Codec<Item = T>>(inner: Arc<Inner>, id: u64, events: mpsc::UnboundedReceiver<Event>) -> Self {
+    /// The stream that comes along with a call; `running` is dropped when nobody reads it any more.
+    pub(super) fn up<C: Codec<Item = T>>(
+        inner: Arc<Inner>,
+        id: u64,
+        events: mpsc::UnboundedReceiver<Event>,
+        running: oneshot::Sender<()>,
+    ) -> Self {
+        let mut stream = Self::new::<C>(inner, id, events);
+        stream.running = Some(running);
+        stream
+    }
+
+    fn new<C: Codec<Item = T>>(inner: Arc<Inner>, id: u64, events: mpsc::UnboundedReceiver<Event>) -> Self {
         let take = C::take;
-        Self { inner, id, events, batch: None, take, window: C::WINDOW, read: 0, deadline: None, over: false }
+        Self { inner, id, events, batch: None, take, window: C::WINDOW, read: 0, deadline: None, over: false, running: None }
     }
 
     pub(crate) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<T>>> {
@@ -157,6 +183,7 @@ impl<T> RemoteStream<T> {
                 Poll::Ready(Some(Event::Items(reader, count))) => self.batch = Some((reader, count)),
                 Poll::Ready(Some(Event::End(error))) => {
                     self.over = true;
+                    self.running = None;
                     return Poll::Ready(error.map(Err));
                 }
                 Poll::Ready(None) => {
@@ -182,6 +209,7 @@ impl<T> RemoteStream<T> {
         if std::mem::replace(&mut self.over, true) {
             return;
         }
+        self.running = None;
         if self.inner.is_mine(self.id) {
             self.inner.abandon(self.id);
         } else if self.inner.serving.part_of(self.id).get_mut(self.id).is_some_and(|served| served.inflow.take().is_some()) {

@@ -12,6 +12,7 @@ mod inference;
 mod lifecycle;
 mod storage;
 mod streams;
+mod transport;
 
 /// What a check does, in a process of its own.
 type Run = for<'a> fn(&'a Harness) -> Pin<Box<dyn Future<Output = Result<Outcome>> + 'a>>;
@@ -40,6 +41,7 @@ macro_rules! check {
 
 const INFERENCE: Option<&str> = Some("inference");
 const STORAGE: Option<&str> = Some("storage");
+const TRANSPORT: Option<&str> = Some("transport");
 
 pub(crate) static CHECKS: &[Check] = &[
     check!(None, "load", lifecycle::load, "The library opens, connects, and says what its manifest says."),
@@ -197,6 +199,74 @@ pub(crate) static CHECKS: &[Check] = &[
         storage::cancelled_put_stores_nothing,
         "A put that is given up, or whose bytes fail, stores nothing."
     ),
+    check!(
+        TRANSPORT,
+        "join-and-dial",
+        transport::join_and_dial,
+        "A node joins once, is dialled by its address, and says who comes and goes."
+    ),
+    check!(
+        TRANSPORT,
+        "peers-are-authenticated",
+        transport::peers_are_authenticated,
+        "A peer's id follows from its key, is what others see, and is not taken for another's."
+    ),
+    check!(
+        TRANSPORT,
+        "conversation-round-trip",
+        transport::conversation_round_trip,
+        "Messages arrive whole and in order, in both directions."
+    ),
+    check!(
+        TRANSPORT,
+        "messages-keep-their-bounds",
+        transport::messages_keep_their_bounds,
+        "Messages of 1 byte to 1 MiB arrive as they were sent; any other ends the conversation."
+    ),
+    check!(TRANSPORT, "half-close", transport::half_close, "Either direction may end while the other goes on."),
+    check!(
+        TRANSPORT,
+        "drop-gives-up",
+        transport::drop_gives_up,
+        "Who drops a conversation, or ends it with an error, gives up both directions, and the peer is told."
+    ),
+    check!(
+        TRANSPORT,
+        "slow-peer-holds-back",
+        transport::slow_peer_holds_back,
+        "A peer that does not read holds its sender back, piles up nothing, and disturbs no other conversation."
+    ),
+    check!(
+        TRANSPORT,
+        "busy-is-told",
+        transport::busy_is_told,
+        "Conversations that nobody accepts are refused as busy: at once where too many wait, else after 10 seconds."
+    ),
+    check!(
+        TRANSPORT,
+        "unknown-protocol-is-unimplemented",
+        transport::unknown_protocol_is_unimplemented,
+        "A protocol that nobody listens for is `Unimplemented`, and has one listener at a time."
+    ),
+    check!(
+        TRANSPORT,
+        "many-conversations",
+        transport::many_conversations,
+        "A hundred conversations at once between two nodes all end well, each with its own messages."
+    ),
+    check!(
+        TRANSPORT,
+        "advertise-find-withdraw",
+        transport::advertise_find_withdraw,
+        "What a node advertises is found by others, who reach it by its id alone."
+    ),
+    check!(TRANSPORT, "find-sees-many", transport::find_sees_many, "All of 32 nodes that offer the same are found.", 2),
+    check!(
+        TRANSPORT,
+        "visitor-cannot-advertise",
+        transport::visitor_cannot_advertise,
+        "A visitor has no address, advertises nothing and is not found."
+    ),
 ];
 
 /// A small call of each kind that the plugin provides, for checks whose promise is not about a kind.
@@ -206,6 +276,9 @@ async fn exercise(harness: &Harness, instance: &crate::harness::Instance) -> Res
     }
     if harness.provides("storage") {
         storage::exercise(instance).await?;
+    }
+    if harness.provides("transport") {
+        transport::exercise(harness, instance).await?;
     }
     Ok(())
 }

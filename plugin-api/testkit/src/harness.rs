@@ -181,7 +181,7 @@ impl Instance {
         let mut writer = Writer::new(Kind::Call, id).method(method);
         writer = writer.deadline_ms(deadline.map(|deadline| deadline.as_millis() as u64)).count(credit);
         arguments(&mut writer).during("writing the arguments")?;
-        let call = RawCall { id, method: method.to_owned(), port: self.port.clone(), frames };
+        let call = RawCall { id, method: method.to_owned(), port: self.port.clone(), frames, sends_along: true };
         call.deliver(writer.finish())?;
         Ok(call)
     }
@@ -215,6 +215,8 @@ pub struct RawCall {
     method: String,
     port: Port,
     frames: mpsc::UnboundedReceiver<(Head, Received)>,
+    /// Whether the check itself sends the stream that goes along, if there is one.
+    sends_along: bool,
 }
 
 impl RawCall {
@@ -226,13 +228,32 @@ impl RawCall {
         self.deliver(Writer::new(Kind::Cancel, self.id).finish())
     }
 
+    /// Ends the stream that goes along with the call as soon as there is leave to send on it; `next` does that, and tells of nothing
+    /// that concerns this stream.
+    pub fn send_nothing_along(mut self) -> Self {
+        self.sends_along = false;
+        self
+    }
+
     pub fn credit(&self, items: u32) -> Result<()> {
         self.deliver(Writer::new(Kind::Credit, self.id).count(items).finish())
     }
 
     /// The next frame of the call, or `None` if none comes in time.
     pub async fn next(&mut self, limit: Duration) -> Option<Head> {
-        tokio::time::timeout(limit, self.frames.recv()).await.ok().flatten().map(|(head, _)| head)
+        tokio::time::timeout(limit, async {
+            loop {
+                let (head, _) = self.frames.recv().await?;
+                match head.kind {
+                    Kind::Credit if !self.sends_along => self.deliver(Writer::new(Kind::End, self.id).finish()).ok()?,
+                    Kind::Cancel if !self.sends_along => {}
+                    _ => return Some(head),
+                }
+            }
+        })
+        .await
+        .ok()
+        .flatten()
     }
 
     /// The next frame, which must be of this kind and without an error.

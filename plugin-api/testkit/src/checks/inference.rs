@@ -93,7 +93,7 @@ pub(super) async fn long_stream(instance: &Instance) -> Result<LongStream> {
     let parallel = model.parallel as usize;
     let request = request(&model, [PROMPT; 4].join(" "), 64);
     let arguments = Box::new(move |writer: &mut fabstir_plugin_api::frame::Writer| writer.value(&request));
-    Ok(LongStream { method: "inference.generate", arguments, parallel })
+    Ok(LongStream { method: "inference.generate", arguments, parallel, takes_stream: false, _partner: None })
 }
 
 pub(super) async fn hundred(instance: &Instance) -> Result<()> {

@@ -12,8 +12,9 @@ use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, Method, is_compatible};
 use fabstir_plugin_api::plugin::Plugin;
 use fabstir_plugin_api::storage::Storage;
+use fabstir_plugin_api::transport::Transport;
 
-use super::{exercise, inference, storage};
+use super::{exercise, inference, storage, transport};
 use crate::harness::{During, Harness, Instance, refused, told};
 use crate::process;
 use crate::report::Outcome;
@@ -23,7 +24,7 @@ fn known(kind: &str) -> Option<(&'static str, &'static [Method])> {
     fn of<K: Interface + ?Sized>() -> (&'static str, (&'static str, &'static [Method])) {
         (K::KIND, (K::VERSION, K::METHODS))
     }
-    let known = [of::<dyn Inference>(), of::<dyn Storage>()];
+    let known = [of::<dyn Inference>(), of::<dyn Storage>(), of::<dyn Transport>()];
     known.into_iter().find(|(name, _)| *name == kind).map(|(_, interface)| interface)
 }
 
@@ -118,6 +119,7 @@ pub async fn declared_methods_work(harness: &Harness) -> Result<Outcome> {
         match provided.kind.as_str() {
             "inference" => inference::optional_methods(&instance, &provided.methods).await?,
             "storage" => storage::exercise(&instance).await?,
+            "transport" => transport::exercise(harness, &instance).await?,
             kind => unchecked.push(kind),
         }
     }
@@ -250,6 +252,9 @@ pub async fn hundred_concurrent_calls(harness: &Harness) -> Result<Outcome> {
     if harness.provides("storage") {
         storage::hundred(&instance).await?;
     }
+    if harness.provides("transport") {
+        transport::hundred(harness, &instance).await?;
+    }
     Ok(Outcome::Pass)
 }
 
@@ -337,6 +342,7 @@ fn takes_arguments(method: &str) -> bool {
     let interface = match kind {
         "inference" => <dyn Inference as Interface>::describe(),
         "storage" => <dyn Storage as Interface>::describe(),
+        "transport" => <dyn Transport as Interface>::describe(),
         _ => <dyn Plugin as Interface>::describe(),
     };
     interface["methods"][name]["parameters"].as_array().is_some_and(|parameters| !parameters.is_empty())

@@ -90,7 +90,7 @@ pub(super) async fn stream_of(instance: &Instance, size: usize) -> Result<LongSt
         writer.value(&entry.id)?;
         writer.value(&Range::default())
     });
-    Ok(LongStream { method: "storage.get", arguments, parallel: 32 })
+    Ok(LongStream { method: "storage.get", arguments, parallel: 32, takes_stream: false, _partner: None })
 }
 
 /// A consumer that stops for a while and then reads on, over the session as the node uses it, gets all the bytes.

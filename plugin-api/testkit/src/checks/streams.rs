@@ -1,12 +1,13 @@
 //! Cancel, backpressure, deadlines and drain, watched frame by frame: what the SDK on the host's side would hide is seen here.
 
+use std::any::Any;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::frame::{Head, Kind, Writer};
 
-use super::{exercise, inference, storage};
+use super::{exercise, inference, storage, transport};
 use crate::harness::{Harness, Instance, RawCall};
 use crate::process;
 use crate::report::Outcome;
@@ -23,11 +24,16 @@ pub struct LongStream {
     pub arguments: Box<dyn Fn(&mut Writer) -> Result<(), PluginError>>,
     /// Calls that the plugin runs at the same time, where it has a limit.
     pub parallel: usize,
+    /// Whether a stream goes along with the call, which then ends at once.
+    pub takes_stream: bool,
+    /// What must stay for as long as calls are made.
+    pub _partner: Option<Box<dyn Any + Send>>,
 }
 
 impl LongStream {
     fn open(&self, instance: &Instance, deadline: Option<Duration>, credit: u32) -> Result<RawCall> {
-        instance.raw(self.method, deadline, credit, |writer| (self.arguments)(writer))
+        let call = instance.raw(self.method, deadline, credit, |writer| (self.arguments)(writer))?;
+        Ok(if self.takes_stream { call.send_nothing_along() } else { call })
     }
 }
 
@@ -42,6 +48,11 @@ async fn long_streams(harness: &Harness) -> Result<Vec<(Instance, LongStream)>> 
     if harness.provides("storage") {
         let instance = harness.start().await?;
         let stream = storage::long_stream(&instance).await?;
+        streams.push((instance, stream));
+    }
+    if harness.provides("transport") {
+        let instance = harness.start().await?;
+        let stream = transport::long_stream(harness, &instance).await?;
         streams.push((instance, stream));
     }
     Ok(streams)
