@@ -52,6 +52,8 @@ pub struct ServedModel {
     pub context: u32,
     /// Generations that run at the same time.
     pub parallel: u32,
+    /// What the plugin says that the model is: its [`Loaded::digest`](fabstir_plugin_api::inference::Loaded::digest).
+    pub digest: Option<String>,
 }
 
 /// Counts the calls inside one generation of a plugin, and closes the door behind them when it drains.

@@ -100,6 +100,8 @@ pub struct ServedModelInfo {
     pub context: u32,
     /// Generations that run at the same time, over all routes.
     pub parallel: u32,
+    /// The digest of the model, as the plugin that is asked first gives it.
+    pub digest: Option<String>,
 }
 
 /// Whether requests can be served.
@@ -166,6 +168,7 @@ impl Scheduler {
                         plugin: route.plugin.clone(),
                         context: model.context,
                         parallel: model.parallel,
+                        digest: model.digest.clone(),
                     }),
                 }
             }

@@ -87,6 +87,14 @@ pub struct Loaded {
     /// The time that loading took, in milliseconds.
     #[serde(default)]
     pub load_ms: u64,
+    /// BLAKE3 of the model's file and of the chat template that it is used with, 64 lower-case hex digits, where there is a file: the
+    /// same model has the same digest on every node.
+    ///
+    /// What is hashed, in its plain mode, is one sequence of bytes: for each file of the model in the order of its parts, the file's
+    /// length as 8 bytes little-endian and then its bytes; after the last file the template's length in the same form and then its
+    /// text in UTF-8. A model without a template ends with the length 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
 }
 
 /// One request for text.

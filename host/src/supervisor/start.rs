@@ -176,7 +176,8 @@ impl Shared {
             let loaded = tokio::select! { loaded = load => loaded, never = watch => match never {} };
             match loaded {
                 Ok(loaded) => {
-                    models.push(ServedModel { id: model.id, context: loaded.context, parallel: loaded.parallel.max(1) })
+                    let parallel = loaded.parallel.max(1);
+                    models.push(ServedModel { id: model.id, context: loaded.context, parallel, digest: loaded.digest })
                 }
                 // Nothing else can be asked of it in time either.
                 Err(error) if error.code == Code::DeadlineExceeded => return Err((hung(entry), true)),

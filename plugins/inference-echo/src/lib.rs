@@ -29,7 +29,7 @@ impl Lifecycle for Echo {}
 #[plugin(provides = [Inference])]
 async fn init(_: Host, config: Config) -> Result<Echo> {
     let (parallel, context) = (config.parallel.unwrap_or(64).into(), config.context.unwrap_or(4096));
-    let loaded = Loaded { model: "echo".into(), context, parallel, memory: None, load_ms: 0 };
+    let loaded = Loaded { model: "echo".into(), context, parallel, memory: None, load_ms: 0, digest: None };
     let delay = Duration::from_millis(config.delay_ms.unwrap_or(0));
     Ok(Echo { loaded, delay, slots: Arc::new(Semaphore::new(parallel as usize)) })
 }

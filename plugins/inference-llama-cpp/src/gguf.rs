@@ -134,7 +134,7 @@ impl Header {
     }
 
     /// The other files of a split model, by llama.cpp's naming: `name-00001-of-00003.gguf`.
-    fn parts(&self, path: &Path) -> Result<Vec<PathBuf>, GgufError> {
+    pub(crate) fn parts(&self, path: &Path) -> Result<Vec<PathBuf>, GgufError> {
         let count = self.number("split.count").unwrap_or(1);
         if count <= 1 {
             return Ok(Vec::new());

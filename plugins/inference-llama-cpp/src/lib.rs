@@ -8,6 +8,7 @@
 //!   slot      what each place remembers, so that a prompt that begins alike is not read twice
 //!   embed     vectors, on a thread of their own
 //!   context   llama.cpp's C interface, behind checks
+//! digest      what a model is called everywhere: a hash of its files and its chat template
 //! gguf        reads a file's header before llama.cpp does: damaged files end in an error here
 //! memory      whether a model fits, before it is loaded
 //! sampler, grammar, template, text     how tokens are chosen, what they must look like, what goes in and what comes out
@@ -17,6 +18,7 @@
 //! file is checked here first; what slips through is the reason why this plugin runs in a worker process unless told otherwise.
 
 pub mod config;
+pub mod digest;
 pub mod engine;
 pub mod error;
 pub mod gguf;
@@ -40,5 +42,5 @@ async fn init(host: Host, config: Config) -> Result<LlamaCpp> {
     config.validate()?;
     let metrics = metrics::Metrics::default();
     host.metrics(|registry| metrics.register(registry));
-    Ok(LlamaCpp::new(config, metrics))
+    Ok(LlamaCpp::new(config, metrics, host.state_dir()))
 }

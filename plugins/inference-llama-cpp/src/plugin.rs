@@ -1,6 +1,7 @@
 //! The inference trait over engines: one per model, loaded and unloaded on demand.
 
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,15 +9,17 @@ use fabstir_plugin_api::prelude::*;
 use tokio::sync::watch;
 
 use crate::config::{Config, ModelConfig};
+use crate::digest::{Digests, Files};
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::metrics::Metrics;
+use crate::metrics::{Counters, Metrics};
 use crate::sink::StreamSink;
 
 /// An instance: the configured models and those of them that are loaded.
 pub struct LlamaCpp {
     models: Vec<Arc<Entry>>,
     metrics: Metrics,
+    digests: Arc<Digests>,
 }
 
 /// A configured model.
@@ -30,21 +33,36 @@ struct Entry {
 enum State {
     Unloaded,
     Loading(Arc<Loading>),
-    Loaded(Arc<Engine>),
+    Loaded(Ready),
+}
+
+/// A model that can be used.
+#[derive(Clone)]
+struct Ready {
+    engine: Arc<Engine>,
+    digest: Arc<str>,
 }
 
 /// A load that one or several calls wait for.
 struct Loading {
     percent: AtomicU8,
+    /// The model is in memory, and its files are read for their digest.
+    hashing: AtomicBool,
     waiting: AtomicUsize,
     /// Nobody waits any more, or the model is to be unloaded.
     abandoned: AtomicBool,
     /// The model is to be unloaded: those who wait do not start over.
     unloaded: AtomicBool,
-    outcome: watch::Sender<Option<Result<Arc<Engine>, Error>>>,
+    outcome: watch::Sender<Option<Result<Ready, Error>>>,
 }
 
 impl Loading {
+    /// Notes how far the load is. `false` when nobody waits for it any more.
+    fn tell(&self, share: f32) -> bool {
+        self.percent.store((share * 100.0) as u8, Ordering::Relaxed);
+        !self.abandoned.load(Ordering::Acquire)
+    }
+
     /// Stops the load at its next step and sends those away who wait for it.
     fn unload(&self) {
         self.unloaded.store(true, Ordering::Release);
@@ -78,30 +96,43 @@ impl Entry {
     /// The engine, if it is loaded and works.
     fn engine(&self) -> Option<Arc<Engine>> {
         match &*self.state() {
-            State::Loaded(engine) if engine.is_open() => Some(engine.clone()),
+            State::Loaded(ready) if ready.engine.is_open() => Some(ready.engine.clone()),
             _ => None,
         }
     }
 
-    fn loaded(&self, engine: &Engine) -> Loaded {
-        let info = engine.info();
+    /// Loads the model. Blocks for as long as that takes.
+    fn load(&self, loading: &Arc<Loading>, counters: Counters, digests: &Digests) -> Result<Ready, Error> {
+        let files = Files::of(&self.config.path)?;
+        let told = loading.clone();
+        let engine = Engine::load_counted(&self.config, counters, move |share| told.tell(share))?;
+        // Only now: the files of a model that does not fit are not worth reading, and those of one that does are in the page cache.
+        loading.percent.store(0, Ordering::Relaxed);
+        loading.hashing.store(true, Ordering::Relaxed);
+        let digest = digests.digest(&files, |share| loading.tell(share))?;
+        Ok(Ready { engine: Arc::new(engine), digest: digest.into() })
+    }
+
+    fn loaded(&self, ready: &Ready) -> Loaded {
+        let info = ready.engine.info();
         Loaded {
             model: self.config.id.clone(),
             context: info.context,
             parallel: info.parallel,
             memory: info.memory,
             load_ms: info.load_time.as_millis() as u64,
+            digest: Some(ready.digest.to_string()),
         }
     }
 }
 
 impl LlamaCpp {
-    pub(crate) fn new(config: Config, metrics: Metrics) -> Self {
+    pub(crate) fn new(config: Config, metrics: Metrics, state_dir: &Path) -> Self {
         let entry = |config: ModelConfig| {
             let bytes = fs::metadata(&config.path).ok().map(|metadata| metadata.len());
             Arc::new(Entry { config, bytes, state: Mutex::new(State::Unloaded) })
         };
-        Self { models: config.models.into_iter().map(entry).collect(), metrics }
+        Self { models: config.models.into_iter().map(entry).collect(), metrics, digests: Arc::new(Digests::new(state_dir)) }
     }
 
     fn entry(&self, model: &str) -> Result<&Arc<Entry>, Error> {
@@ -112,16 +143,17 @@ impl LlamaCpp {
         self.entry(model)?.engine().ok_or_else(|| Error::NotLoaded(model.to_owned()))
     }
 
-    /// Joins the load that runs, or starts one; or hands over the engine that is there.
-    fn join_load(&self, entry: &Arc<Entry>) -> Result<Arc<Engine>, Waiter> {
+    /// Joins the load that runs, or starts one; or hands over what is there.
+    fn join_load(&self, entry: &Arc<Entry>) -> Result<Ready, Waiter> {
         let mut state = entry.state();
         match &*state {
-            State::Loaded(engine) if engine.is_open() => return Ok(engine.clone()),
+            State::Loaded(ready) if ready.engine.is_open() => return Ok(ready.clone()),
             State::Loading(loading) => return Err(Waiter::new(loading)),
             State::Loaded(_) | State::Unloaded => {}
         }
         let loading = Arc::new(Loading {
             percent: AtomicU8::new(0),
+            hashing: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             abandoned: AtomicBool::new(false),
             unloaded: AtomicBool::new(false),
@@ -129,30 +161,25 @@ impl LlamaCpp {
         });
         *state = State::Loading(loading.clone());
         let waiter = Waiter::new(&loading);
-        let (entry, counters) = (entry.clone(), self.metrics.of(&entry.config.id));
+        let (entry, counters, digests) = (entry.clone(), self.metrics.of(&entry.config.id), self.digests.clone());
         tokio::task::spawn_blocking(move || {
-            let told = loading.clone();
-            let progress = move |share: f32| {
-                told.percent.store((share * 100.0) as u8, Ordering::Relaxed);
-                !told.abandoned.load(Ordering::Acquire)
-            };
-            let loaded = Engine::load_counted(&entry.config, counters, progress);
+            let loaded = entry.load(&loading, counters, &digests);
             let outcome = {
                 // `unload` looks for a load and stops it under the same lock, so none slips through between.
                 let mut state = entry.state();
                 let wanted = !loading.abandoned.load(Ordering::Acquire);
-                let outcome = if wanted { loaded.map(Arc::new) } else { Err(Error::Abandoned) };
+                let outcome = if wanted { loaded } else { Err(Error::Abandoned) };
                 *state = match &outcome {
-                    Ok(engine) => State::Loaded(engine.clone()),
+                    Ok(ready) => State::Loaded(ready.clone()),
                     Err(_) => State::Unloaded,
                 };
                 outcome
             };
             match &outcome {
-                Ok(engine) => {
-                    let info = engine.info();
+                Ok(ready) => {
+                    let info = ready.engine.info();
                     tracing::info!(
-                        model = %entry.config.id, context = info.context, parallel = info.parallel, threads = info.threads,
+                        model = %entry.config.id, digest = %ready.digest, context = info.context, parallel = info.parallel, threads = info.threads,
                         ms = info.load_time.as_millis() as u64, "Loaded a model."
                     );
                 }
@@ -186,7 +213,7 @@ impl Inference for LlamaCpp {
         let entry = self.entry(&model)?;
         loop {
             let waiter = match self.join_load(entry) {
-                Ok(engine) => return Ok(entry.loaded(&engine)),
+                Ok(ready) => return Ok(entry.loaded(&ready)),
                 Err(waiter) => waiter,
             };
             let mut outcome = waiter.0.outcome.subscribe();
@@ -195,7 +222,7 @@ impl Inference for LlamaCpp {
                 () = cx.cancelled() => return Err(PluginError::cancelled()),
             };
             match outcome {
-                Some(Ok(engine)) => return Ok(entry.loaded(&engine)),
+                Some(Ok(ready)) => return Ok(entry.loaded(&ready)),
                 Some(Err(Error::Abandoned)) if waiter.0.unloaded.load(Ordering::Acquire) => {
                     return Err(Error::Unloaded(model).into());
                 }
@@ -219,9 +246,9 @@ impl Inference for LlamaCpp {
                 _ => std::mem::replace(&mut *state, State::Unloaded),
             }
         };
-        if let State::Loaded(engine) = before {
+        if let State::Loaded(ready) = before {
             tracing::info!(model = %entry.config.id, "Unloading a model.");
-            blocking(move || engine.close()).await?;
+            blocking(move || ready.engine.close()).await?;
         }
         Ok(())
     }
@@ -262,9 +289,10 @@ impl Lifecycle for LlamaCpp {
             match &*entry.state() {
                 State::Loading(loading) => {
                     let percent = Some(loading.percent.load(Ordering::Relaxed));
-                    starting = Some(Health::Starting { doing: format!("loading {}", entry.config.id), percent });
+                    let doing = if loading.hashing.load(Ordering::Relaxed) { "hashing" } else { "loading" };
+                    starting = Some(Health::Starting { doing: format!("{doing} {}", entry.config.id), percent });
                 }
-                State::Loaded(engine) if !engine.is_open() => {
+                State::Loaded(ready) if !ready.engine.is_open() => {
                     let reason = format!("the engine of model `{}` ended by a fault: load it again", entry.config.id);
                     return Health::Degraded { reason };
                 }
@@ -280,7 +308,7 @@ impl Lifecycle for LlamaCpp {
         for entry in &self.models {
             let before = std::mem::replace(&mut *entry.state(), State::Unloaded);
             match before {
-                State::Loaded(engine) => _ = blocking(move || engine.close()).await,
+                State::Loaded(ready) => _ = blocking(move || ready.engine.close()).await,
                 State::Loading(loading) => {
                     loading.unload();
                     let mut outcome = loading.outcome.subscribe();
@@ -304,9 +332,13 @@ mod tests {
     use std::time::Duration;
 
     fn plugin() -> Arc<LlamaCpp> {
+        plugin_in(tempfile::tempdir().unwrap().path())
+    }
+
+    fn plugin_in(state_dir: &Path) -> Arc<LlamaCpp> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny-chat/tiny-chat-q8_0.gguf");
         let config = Config { models: vec![ModelConfig::new("tiny-chat", path), ModelConfig::new("none", "/nowhere.gguf")] };
-        Arc::new(LlamaCpp::new(config, Metrics::default()))
+        Arc::new(LlamaCpp::new(config, Metrics::default(), state_dir))
     }
 
     fn code<T>(result: Result<T>) -> Code {
@@ -336,6 +368,19 @@ mod tests {
         assert!(plugin.load(&Cx::new(), "tiny-chat".into()).await.is_ok());
         plugin.unload(&Cx::new(), "tiny-chat".into()).await.unwrap();
         assert!(!plugin.models(&Cx::new()).await.unwrap()[0].loaded);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_restart_takes_the_digest_from_the_state_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = plugin_in(folder.path()).load(&Cx::new(), "tiny-chat".into()).await.unwrap().digest.unwrap();
+        assert_eq!(first, "8c1c3ef2b2832eef37cbaccb7d24bb9d2813205daf23244490ff934d6ddf1c32");
+        // A digest that hashing would not give: it can only come from the file.
+        let path = folder.path().join("digests.json");
+        let noted = fs::read_to_string(&path).unwrap();
+        fs::write(&path, noted.replace(&first, &"0".repeat(64))).unwrap();
+        let second = plugin_in(folder.path()).load(&Cx::new(), "tiny-chat".into()).await.unwrap().digest.unwrap();
+        assert_eq!(second, "0".repeat(64));
     }
 
     #[tokio::test(flavor = "multi_thread")]

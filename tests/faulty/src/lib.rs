@@ -59,7 +59,7 @@ async fn init(_: Host, config: Config) -> Result<Faulty> {
     }
     let parallel = config.parallel.unwrap_or(64).into();
     let model = config.model.unwrap_or_else(|| "faulty".into());
-    let loaded = Loaded { model, context: 65_536, parallel, memory: None, load_ms: config.load_ms.unwrap_or(0) };
+    let loaded = Loaded { model, context: 65_536, parallel, memory: None, load_ms: config.load_ms.unwrap_or(0), digest: None };
     let delay = Duration::from_millis(config.delay_ms.unwrap_or(0));
     Ok(Faulty { loaded, delay, load: config.load, slots: Arc::new(Semaphore::new(parallel as usize)) })
 }
