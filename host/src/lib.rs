@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod config;
 pub mod gateway;
+pub mod identity;
 pub mod loader;
 pub mod node;
 pub mod routes;
