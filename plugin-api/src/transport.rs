@@ -25,16 +25,17 @@ use crate::stream::Stream;
 ///   or the peer gave the conversation up.
 /// - Dropping the stream that one got, or sending an error on the other, gives up both directions at once.
 /// - A peer that does not read holds its sender back. Nothing piles up but what is under way.
-/// - A message has 1 byte to 1 MiB.
+/// - A message has 1 byte to 1 MiB. One of another size gives the conversation up: with `InvalidArgument` on the side that sent it.
+/// - A peer that takes nothing of what is sent to it for as long as the configuration allows has given the conversation up.
 #[interface(kind = "transport", version = "1.0")]
 #[async_trait]
 pub trait Transport: Send + Sync {
-    /// Takes part in the network from now on, under the given key. Called once.
+    /// Takes part in the network from now on, under the given key. Called once; again only after it failed.
     ///
     /// Returns when the plugin listens, or, for a [`Role::Visitor`], as soon as it can dial: peers may not have been met yet.
     ///
     /// # Errors
-    /// `InvalidArgument` for a key that is none. `Denied` or `Internal` when an address cannot be listened on: the message names it.
+    /// `InvalidArgument` for a key that is none, or when the node has joined already. `Denied` or `Internal` when an address cannot be listened on: the message names it.
     async fn join(&self, cx: &Cx, join: Join) -> Result<Peer>;
 
     /// The id that the owner of an ed25519 public key has in this network; lets the host check that a signature is a peer's.
@@ -73,8 +74,12 @@ pub trait Transport: Send + Sync {
     /// Stops repeating it. Others forget it when its time is over. Withdrawing what was not advertised is no error.
     async fn withdraw(&self, cx: &Cx, topic: Topic) -> Result<()>;
 
-    /// Who offers this, each peer once and as soon as it is known; ends when everybody has been asked. The list is a hint: whoever is
-    /// on it may have gone, and what it says of itself it must say itself.
+    /// Who offers this besides this node, each peer once and as soon as it is known; ends when everybody has been asked. A node that
+    /// is just meeting its first peers waits for them, 3 seconds at most. The list is a hint: whoever is on it may have gone, and what
+    /// it says of itself it must say itself. `open` reaches a peer of the list by its id alone.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a topic that has not 32 bytes; so do `advertise` and `withdraw`.
     async fn find(&self, cx: &Cx, topic: Topic) -> Result<Stream<Peer>>;
 
     /// Takes conversations of this protocol from now on, until the stream is dropped. One listener per protocol.
@@ -83,19 +88,19 @@ pub trait Transport: Send + Sync {
     /// busy.
     ///
     /// # Errors
-    /// `InvalidArgument` for a name that is no `/…`, or when somebody listens for it already.
+    /// `InvalidArgument` for a name that is no `/…`, that the transport itself speaks, or when somebody listens for it already.
     async fn listen(&self, cx: &Cx, protocol: Protocol) -> Result<Stream<Arrival>>;
 
     /// Begins a conversation that has arrived: `outgoing` goes to the peer, its messages come back.
     ///
     /// # Errors
-    /// `NotFound` when it has been accepted already, or its peer has given up.
+    /// `NotFound` when it has been accepted already, its peer has given up, or it has waited for more than 10 seconds.
     async fn accept(&self, cx: &Cx, arrival: u64, outgoing: Stream<Blob>) -> Result<Stream<Blob>>;
 
     /// Begins a conversation with a peer: `outgoing` goes to it, its messages come back. Connects first where that is needed.
     ///
     /// # Errors
-    /// `Unavailable` when the peer cannot be reached. `Unimplemented` when it does not speak the protocol. `Overloaded` when it said
+    /// `InvalidArgument` for what is no id of a peer or no name of a protocol. `Unavailable` when the peer cannot be reached. `Unimplemented` when it does not speak the protocol. `Overloaded` when it said
     /// that it is busy.
     async fn open(&self, cx: &Cx, to: Destination, outgoing: Stream<Blob>) -> Result<Stream<Blob>>;
 }

@@ -178,7 +178,9 @@ impl Driver {
         }
         if now >= self.sweep {
             self.sweep = now + SWEEP;
-            self.swarm.behaviour_mut().kad.store_mut().forget();
+            let store = self.swarm.behaviour_mut().kad.store_mut();
+            store.forget();
+            debug!(advertisements = store.len(), "Advertisements whose time is over are forgotten.");
         }
         self.dial_bootstrap(now);
         self.look_up_on_time(now);

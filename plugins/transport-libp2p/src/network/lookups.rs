@@ -25,12 +25,13 @@ const SEARCHES: usize = 16;
 /// How long a search waits for a first node to ask.
 const FIRST_NODE: Duration = Duration::from_secs(3);
 
-/// How long new nodes are waited for before advertisements are said to them.
+/// How long new nodes are waited for before advertisements are said to them, and before the network is walked: the first few are
+/// answered at once, and where many come at the same time each further pause is twice as long.
 const SETTLE: Duration = Duration::from_millis(50);
+const SETTLE_LAST: Duration = Duration::from_secs(30);
 
-/// How often the network is walked for nodes, and how often at most while new ones appear.
+/// How often the network is walked for nodes while no new ones appear.
 const WALK: Duration = Duration::from_secs(5 * 60);
-const WALK_PAUSE: Duration = Duration::from_millis(500);
 
 /// Below this many nodes in the table, each new one may be among the nearest to any topic.
 const FEW: usize = 20;
@@ -42,11 +43,12 @@ pub struct Lookups {
     topics: HashSet<Topic>,
     /// When all of it is said again.
     next_republish: Instant,
-    /// When it is said to new nodes.
+    /// When new nodes are told of it, and asked for others.
     settled: Option<Instant>,
-    /// When the network is walked for other nodes.
+    last_settled: Instant,
+    settle: Duration,
+    /// When the network is walked for other nodes in any case.
     next_walk: Instant,
-    last_walk: Instant,
     queries: HashMap<QueryId, Purpose>,
     searches: HashMap<u64, Search>,
     /// Searches that have not begun, with the time at which they begin in any case.
@@ -75,8 +77,9 @@ impl Lookups {
             topics: HashSet::new(),
             next_republish: now + republish,
             settled: None,
+            last_settled: now,
+            settle: SETTLE / 2,
             next_walk: now + WALK,
-            last_walk: now,
             queries: HashMap::new(),
             searches: HashMap::new(),
             parked: Vec::new(),
@@ -172,15 +175,13 @@ impl Driver {
 
     /// A node has come into the routing table.
     pub(super) fn on_new_node(&mut self) {
-        let nodes = self.nodes();
-        if nodes <= FEW && !self.lookups.topics.is_empty() && self.lookups.settled.is_none() {
-            self.lookups.settled = Some(Instant::now() + SETTLE);
+        if self.nodes() > FEW || self.lookups.settled.is_some() {
+            return;
         }
-        if nodes <= FEW {
-            let now = Instant::now();
-            let soon = (now + SETTLE).max(self.lookups.last_walk + WALK_PAUSE);
-            self.lookups.next_walk = self.lookups.next_walk.min(soon);
-        }
+        let now = Instant::now();
+        let quiet = now.duration_since(self.lookups.last_settled) > 2 * SETTLE_LAST;
+        self.lookups.settle = if quiet { SETTLE } else { (2 * self.lookups.settle).min(SETTLE_LAST) };
+        self.lookups.settled = Some(now + self.lookups.settle);
     }
 
     pub(super) fn look_up_on_time(&mut self, now: Instant) {
@@ -188,14 +189,17 @@ impl Driver {
         if due {
             self.lookups.next_republish = now + self.lookups.republish;
         }
-        if due || self.lookups.settled.is_some_and(|settled| now >= settled) {
+        let settled = self.lookups.settled.is_some_and(|settled| now >= settled);
+        if settled {
             self.lookups.settled = None;
+            self.lookups.last_settled = now;
+        }
+        if due || settled {
             for topic in self.lookups.topics.clone() {
                 self.say(topic, None);
             }
         }
-        if now >= self.lookups.next_walk {
-            self.lookups.last_walk = now;
+        if settled || now >= self.lookups.next_walk {
             self.lookups.next_walk = now + WALK;
             self.walk();
         }

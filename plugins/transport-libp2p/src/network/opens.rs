@@ -85,7 +85,7 @@ impl Driver {
                 }
             }
             Err(DialError::NoAddresses) if step == Step::Known => self.ask_where(peer),
-            Err(DialError::NoAddresses) => self.fail(peer, |whom| NetworkError::NoAddress(whom)),
+            Err(DialError::NoAddresses) => self.fail(peer, NetworkError::NoAddress),
             Err(error) => self.fail(peer, |whom| unreachable(&whom, &error)),
         }
     }
