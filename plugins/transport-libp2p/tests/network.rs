@@ -262,7 +262,7 @@ async fn conversations_over_quic_keep_their_promises() {
     let (one, other) = (Node::start(quic.clone()).await, Node::start(quic).await);
     assert!(one.address().contains("/quic-v1"), "{}", one.address());
     let echo = one.echo(ECHO).await;
-    let words: Vec<Blob> = (0..300).map(|number| blob(&vec![number as u8; 1 + number * 3000])).collect();
+    let words: Vec<Blob> = (0..300).map(|number| blob(&vec![number as u8; 1 + number * 400])).collect();
     assert_eq!(other.ask(&one.id, &one.addresses, ECHO, &words).await.expect("answers"), words);
     drop(echo);
 

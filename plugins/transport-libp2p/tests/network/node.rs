@@ -121,7 +121,7 @@ impl Node {
     /// Says all these words and hears what comes back.
     pub async fn ask(&self, peer: &PeerId, addresses: &[Address], protocol: &str, words: &[Blob]) -> Result<Vec<Blob>> {
         let to = Destination { peer: peer.clone(), addresses: addresses.to_vec(), protocol: protocol.into() };
-        let cx = Cx::new().with_timeout(Duration::from_secs(30));
+        let cx = Cx::new().with_timeout(Duration::from_secs(120));
         self.transport.open(&cx, to, Stream::from_items(words.to_vec())).await?.collect().await
     }
 
