@@ -7,6 +7,7 @@ pub mod config;
 pub mod gateway;
 pub mod identity;
 pub mod loader;
+pub mod network;
 pub mod node;
 pub mod routes;
 pub mod scheduler;
