@@ -40,6 +40,8 @@ pub struct Config {
     pub gateway: Gateway,
     /// Which requests wait, and how many.
     pub scheduler: Scheduler,
+    /// What other nodes are offered.
+    pub network: Network,
     /// Where plugins come from, and which are trusted.
     pub plugins: Plugins,
     /// The plugins that the node starts, one table each.
@@ -137,6 +139,34 @@ impl Default for Gateway {
             ping_interval_ms: 15_000,
             request_timeout_ms: 600_000,
         }
+    }
+}
+
+/// What other nodes are offered. They are met through a plugin of the kind transport; without one the node is known to nobody.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// What a million tokens of a prompt cost, in wei. Said to others, who choose by it; nothing is charged yet.
+    ///
+    /// Default: `0`.
+    /// Example: `price_input_wei_per_mtok = 40000000000000`.
+    pub price_input_wei_per_mtok: u64,
+    /// What a million tokens of an answer cost, in wei. Said to others, who choose by it; nothing is charged yet.
+    ///
+    /// Default: `0`.
+    /// Example: `price_output_wei_per_mtok = 120000000000000`.
+    pub price_output_wei_per_mtok: u64,
+    /// How many sessions one peer may have at a time, each with up to 64 requests.
+    ///
+    /// Default: `16`.
+    /// Example: `sessions_per_peer = 4`.
+    #[schemars(range(min = 1))]
+    pub sessions_per_peer: usize,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { price_input_wei_per_mtok: 0, price_output_wei_per_mtok: 0, sessions_per_peer: 16 }
     }
 }
 
@@ -253,7 +283,7 @@ pub struct PluginEntry {
     #[serde(default = "yes")]
     pub enabled: bool,
     /// Where it runs. `"process"`: in a process of its own, so that its crash ends nothing else. `"in-process"`: in the node.
-    /// Left out, inference runs in a process and storage in the node.
+    /// Left out, inference runs in a process, transport and storage in the node.
     ///
     /// Example: `isolation = "in-process"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,9 +1,11 @@
 //! The node as a library: what the binary `fabstir-node` runs, and what benches and tools reach into.
 //!
-//! The host knows no backend. It loads plugins ([`loader`]), keeps them alive ([`supervisor`]), and brings requests to them.
+//! The host knows no backend. It loads plugins ([`loader`]), keeps them alive ([`supervisor`]), and brings requests to them: of clients
+//! ([`gateway`]) and of other nodes ([`network`]). [`consumer`] is the other side, which asks other nodes.
 
 pub mod cli;
 pub mod config;
+pub mod consumer;
 pub mod gateway;
 pub mod identity;
 pub mod loader;

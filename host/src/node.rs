@@ -10,6 +10,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{Config, Problems};
 use crate::gateway::{self, ServeError};
+use crate::identity::{IdentityError, NodeKey};
+use crate::network::Network;
 use crate::scheduler::Scheduler;
 use crate::supervisor::Supervisor;
 
@@ -18,6 +20,8 @@ use crate::supervisor::Supervisor;
 pub enum NodeError {
     #[error("{}: {error}", folder.display())]
     DataDir { folder: std::path::PathBuf, error: std::io::Error },
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error(transparent)]
     Gateway(#[from] ServeError),
     #[error("signals cannot be received: {0}")]
@@ -47,6 +51,9 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
         Box::pin(async move { plugins.metrics().await })
     });
     let metrics = gateway::Metrics::new(&scheduler, texts);
+    let key = NodeKey::load_or_create(&config.node.data_dir.join("identity"))?;
+    let network = Network::new(config.network, key, scheduler.clone());
+    metrics.register(|registry| network.register(registry));
     let serving = gateway::serve(config.gateway, scheduler, metrics, stop.clone()).await?;
     // Plugins start once it is certain that the node can serve.
     supervisor.start();
@@ -55,6 +62,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
         tracing::warn!(%error, "Nobody reads standard output.");
     }
     announce(&supervisor);
+    let peers = AbortOnDropHandle::new(tokio::spawn(network.run(supervisor.subscribe(), stop.clone())));
     let reloads = AbortOnDropHandle::new(tokio::spawn(reload_on(hangup, supervisor.clone(), reread)));
 
     tokio::select! {
@@ -65,7 +73,8 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     tracing::info!("Draining: running requests may end, new ones are refused.");
     stop.cancel();
     let end = async {
-        if tokio::time::timeout(drain, serving.task).await.is_err() {
+        let drained = async { tokio::join!(serving.task, peers) };
+        if tokio::time::timeout(drain, drained).await.is_err() {
             tracing::warn!("Requests were cut off: their time to end was over.");
         }
         supervisor.shutdown().await;

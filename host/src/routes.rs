@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::inference::Inference;
+use fabstir_plugin_api::transport::Transport;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -13,6 +14,8 @@ use tokio::sync::Notify;
 pub struct Routes {
     /// The plugins that take requests, best rank first.
     pub inference: Vec<Arc<InferenceRoute>>,
+    /// The ways into a network, best rank first.
+    pub transport: Vec<Arc<TransportRoute>>,
     /// The plugins that will, among them those that wait for their restart.
     pub starting: Vec<Starting>,
 }
@@ -42,6 +45,14 @@ impl InferenceRoute {
     pub fn serves(&self, model: &str) -> Option<&ServedModel> {
         self.models.iter().find(|served| served.id == model)
     }
+}
+
+/// One generation of a plugin that leads into a network.
+pub struct TransportRoute {
+    pub plugin: String,
+    /// Counts the plugin's instances: each has to join anew.
+    pub generation: u64,
+    pub transport: Arc<dyn Transport>,
 }
 
 /// A model that a route answers for.

@@ -176,6 +176,13 @@ impl Scheduler {
         models
     }
 
+    /// How many more generations of a model would begin at once.
+    pub fn free(&self, model: &str) -> u32 {
+        let state = self.state.lock();
+        let free = state.queue.free(&self.routes(), model, Instant::now());
+        free.saturating_sub(state.queue.waiting_for(model) as u32)
+    }
+
     pub fn readiness(&self) -> Readiness {
         let routes = self.routes();
         match (routes.inference.is_empty(), routes.starting.is_empty()) {

@@ -310,7 +310,7 @@ async fn health_follows_the_plugins() {
     assert_eq!(node.get("/health").await.text().await.expect("a body"), r#"{"status":"ok"}"#);
 
     let starting = vec![Starting { plugin: "a".into(), doing: "loading m".into(), percent: Some(40) }];
-    node.routes.send_replace(Arc::new(Routes { inference: Vec::new(), starting }));
+    node.routes.send_replace(Arc::new(Routes { starting, ..Routes::default() }));
     let response = node.get("/v1/health").await;
     assert_eq!(response.status(), 503);
     let expected = concat!(

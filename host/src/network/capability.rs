@@ -25,6 +25,9 @@ use crate::identity::{self, NodeKey};
 
 mod wire;
 
+/// The name of the protocol with its version.
+pub const PROTOCOL: &str = "/fabstir/capability/1";
+
 /// Bytes of a whole message, at most.
 pub const MAX_RECORD: usize = 4096;
 /// Models in one record, at most.

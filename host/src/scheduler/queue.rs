@@ -245,7 +245,7 @@ mod tests {
 
     fn serving(plugins: &[(&str, u32)]) -> Routes {
         let inference = plugins.iter().map(|(plugin, parallel)| route(plugin, 1, "m", *parallel, Script::default())).collect();
-        Routes { inference, starting: Vec::new() }
+        Routes { inference, ..Routes::default() }
     }
 
     #[test]

@@ -61,8 +61,8 @@ mod tests {
         let mut starts = Starts::default();
         let now = Instant::now();
         let starting = |percent| Routes {
-            inference: Vec::new(),
             starting: vec![Starting { plugin: "llama".into(), doing: "loading".into(), percent }],
+            ..Routes::default()
         };
         starts.observe(&starting(None), now);
         assert_eq!(starts.ready_in(&starting(None), now), SOON);

@@ -98,7 +98,7 @@ pub(crate) fn scheduler(
     queue: usize,
     inference: impl IntoIterator<Item = Arc<InferenceRoute>>,
 ) -> (Arc<Scheduler>, watch::Sender<Arc<Routes>>) {
-    let routes = Routes { inference: inference.into_iter().collect(), starting: Vec::new() };
+    let routes = Routes { inference: inference.into_iter().collect(), ..Routes::default() };
     let (sender, receiver) = watch::channel(Arc::new(routes));
     let config = config::Scheduler { queue, queue_tokens: 1000, retries: 2 };
     (Scheduler::new(config, receiver), sender)
@@ -337,11 +337,11 @@ async fn a_request_with_no_output_waits_for_the_next_generation() {
         async move { ask(&scheduler, "hello").await }
     });
     tokio::time::sleep(Duration::from_millis(10)).await;
-    routes.send_replace(Arc::new(Routes { inference: Vec::new(), starting: starting("a") }));
+    routes.send_replace(Arc::new(Routes { starting: starting("a"), ..Routes::default() }));
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert!(!asking.is_finished());
     let second = route("a", 2, "m", 1, Script::default());
-    routes.send_replace(Arc::new(Routes { inference: vec![second], starting: Vec::new() }));
+    routes.send_replace(Arc::new(Routes { inference: vec![second], ..Routes::default() }));
     assert_eq!(asking.await.expect("no panic").as_deref(), Ok("ok"));
 }
 
@@ -363,12 +363,12 @@ async fn what_is_not_served_is_told_apart_from_what_is_loading() {
     // One of two restarts: its model is loading, not unknown.
     let rest = vec![route("b", 1, "n", 1, Script::default())];
     scheduler.note_routes();
-    routes.send_replace(Arc::new(Routes { inference: rest, starting: starting("a") }));
+    routes.send_replace(Arc::new(Routes { inference: rest, starting: starting("a"), ..Routes::default() }));
     let refused = ask(&scheduler, "hello").await.expect_err("it is loading");
     assert_eq!((refused.code, refused.message.as_str()), (Code::Unavailable, "Loading model"));
     assert!(refused.retry_after.is_some());
 
-    routes.send_replace(Arc::new(Routes { inference: Vec::new(), starting: starting("a") }));
+    routes.send_replace(Arc::new(Routes { starting: starting("a"), ..Routes::default() }));
     assert_eq!(scheduler.readiness(), Readiness::Loading(starting("a")));
     assert_eq!(ask(&scheduler, "hello").await.expect_err("it is loading").message, "Loading model");
     routes.send_replace(Arc::default());

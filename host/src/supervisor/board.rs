@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::start::Running;
 use super::{Connected, State, Status};
 use crate::config::PluginEntry;
-use crate::routes::{InferenceRoute, Routes, Starting};
+use crate::routes::{InferenceRoute, Routes, Starting, TransportRoute};
 
 pub(super) struct Board {
     posts: Mutex<BTreeMap<String, Post>>,
@@ -26,7 +26,16 @@ struct Post {
     status: Status,
     rank: i32,
     route: Option<Arc<InferenceRoute>>,
+    transport: Option<Arc<TransportRoute>>,
     connected: Option<Arc<Connected>>,
+}
+
+/// The routes of one kind, best rank first. Equal ranks keep the order of their ids.
+fn ranked<R>(posts: &BTreeMap<String, Post>, route: impl Fn(&Post) -> Option<&Arc<R>>) -> Vec<Arc<R>> {
+    let mut ranked: Vec<(i32, Arc<R>)> =
+        posts.values().filter_map(|post| route(post).map(|route| (post.rank, route.clone()))).collect();
+    ranked.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
+    ranked.into_iter().map(|(_, route)| route).collect()
 }
 
 impl Board {
@@ -54,6 +63,7 @@ impl Board {
             post.status.state = running.state();
             post.status.generation = running.generation;
             post.route = running.route.clone();
+            post.transport = running.transport.clone();
             post.connected = Some(running.connected.clone());
         });
     }
@@ -63,6 +73,7 @@ impl Board {
         self.change(entry, |post| {
             post.status.state = state;
             post.route = None;
+            post.transport = None;
             post.connected = None;
         });
     }
@@ -79,6 +90,7 @@ impl Board {
             status: Status { id: entry.id.clone(), use_: entry.use_.clone(), state: State::Declared, generation: 0 },
             rank: entry.rank,
             route: None,
+            transport: None,
             connected: None,
         });
         post.rank = entry.rank;
@@ -88,12 +100,9 @@ impl Board {
     }
 
     fn announce(&self, posts: &BTreeMap<String, Post>) {
-        let mut ranked: Vec<(i32, Arc<InferenceRoute>)> =
-            posts.values().filter_map(|post| post.route.clone().map(|route| (post.rank, route))).collect();
-        // Equal ranks keep the order of their ids.
-        ranked.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
-        let inference = ranked.into_iter().map(|(_, route)| route).collect();
+        let inference = ranked(posts, |post| post.route.as_ref());
+        let transport = ranked(posts, |post| post.transport.as_ref());
         let starting = posts.values().filter_map(|post| Option::<Starting>::from(&post.status)).collect();
-        self.routes.send_replace(Arc::new(Routes { inference, starting }));
+        self.routes.send_replace(Arc::new(Routes { inference, transport, starting }));
     }
 }

@@ -9,11 +9,12 @@ use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::Interface;
 use fabstir_plugin_api::manifest::Manifest;
 use fabstir_plugin_api::plugin::{Configure, Health};
+use fabstir_plugin_api::transport::Transport;
 
 use super::{Connected, Shared, State};
 use crate::config::{Isolation, LogLevels, PluginEntry};
 use crate::loader::{Artifact, LoadError, Step};
-use crate::routes::{InFlight, InferenceRoute, ServedModel};
+use crate::routes::{InFlight, InferenceRoute, ServedModel, TransportRoute};
 
 /// A generation that works.
 pub(super) struct Running {
@@ -21,6 +22,7 @@ pub(super) struct Running {
     pub connected: Arc<Connected>,
     pub in_flight: Arc<InFlight>,
     pub route: Option<Arc<InferenceRoute>>,
+    pub transport: Option<Arc<TransportRoute>>,
     /// Kept, so that a restart needs no second check of the file.
     pub artifact: Artifact,
     degraded: Option<String>,
@@ -126,7 +128,11 @@ impl Shared {
         match prepared {
             Ok((route, in_flight, generation, degraded)) => {
                 drop(suspect);
-                Ok(Running { generation, connected, in_flight, route, artifact: artifact.clone(), degraded })
+                let transport = provides::<dyn Transport>(&artifact.manifest).then(|| {
+                    let transport = <dyn Transport as Interface>::client(connected.session.clone());
+                    Arc::new(TransportRoute { plugin: entry.id.clone(), generation, transport })
+                });
+                Ok(Running { generation, connected, in_flight, route, transport, artifact: artifact.clone(), degraded })
             }
             Err(error) => {
                 connected.end("the plugin did not start", Duration::from_secs(1)).await;
@@ -159,7 +165,7 @@ impl Shared {
             let again = error.code != Code::InvalidArgument;
             (not_started(entry, "P503", "its configuration was refused", error), again)
         })?;
-        let serves = infers(&artifact.manifest);
+        let serves = provides::<dyn Inference>(&artifact.manifest);
         let in_flight = InFlight::new(entry.limits.in_flight);
         let generation = self.next_generation();
         if !serves {
@@ -198,13 +204,13 @@ impl Shared {
     }
 }
 
-fn infers(manifest: &Manifest) -> bool {
-    manifest.provides.iter().any(|provided| provided.kind == <dyn Inference as Interface>::KIND)
+fn provides<K: Interface + ?Sized>(manifest: &Manifest) -> bool {
+    manifest.provides.iter().any(|provided| provided.kind == K::KIND)
 }
 
 /// Where a plugin runs: as the operator says, or else so that a fault in inference code does not take the node along.
 pub fn isolation(entry: &PluginEntry, manifest: &Manifest) -> Isolation {
-    entry.isolation.unwrap_or(if infers(manifest) { Isolation::Process } else { Isolation::InProcess })
+    entry.isolation.unwrap_or(if provides::<dyn Inference>(manifest) { Isolation::Process } else { Isolation::InProcess })
 }
 
 /// Shows how far a model's load is, until dropped.

@@ -1,0 +1,443 @@
+//! The end that answers.
+//!
+//! ```text
+//! conversation --> read: Infer, Read, Cancel --> Request: a task that asks the scheduler
+//!      ^                                             |
+//!      +---- write: the pieces not sent yet <--------+ pieces, kept until they have been read
+//! ```
+//!
+//! A session outlives its conversation: when that breaks, requests go on as far as their window lets them, and what they have produced
+//! is kept until the asker is back, or the time is over.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Bound;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use fabstir_plugin_api::abi::Blob;
+use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::error::{Code, PluginError, Result};
+use fabstir_plugin_api::inference::{Chunk, Generation};
+use fabstir_plugin_api::stream::{Sender, Stream};
+use fabstir_plugin_api::transport::PeerId;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::super::until_read;
+use super::wire::{self, Ask, LINGER, MAX_WINDOW, Refusal, Tell, Token, VERSION};
+use crate::scheduler::{Refused, Scheduler};
+
+/// How long a peer may take to say what it wants.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// Requests that a session may have, finished ones that were not read to their end among them.
+const MOST_REQUESTS: usize = 64;
+/// Sessions in all; more are told to come back.
+const MOST_SESSIONS: usize = 1024;
+/// How often it is looked whether all requests have ended, and how long peers may take to read their ends.
+const LOOK: Duration = Duration::from_millis(20);
+const LAST_READ: Duration = Duration::from_secs(2);
+/// The longest that a request may take.
+const LONGEST: Duration = Duration::from_secs(3600);
+
+/// The sessions of a node. Clones are the same.
+#[derive(Clone)]
+pub struct Sessions(Arc<Shared>);
+
+struct Shared {
+    scheduler: Arc<Scheduler>,
+    sessions: Mutex<HashMap<Token, Arc<Session>>>,
+    per_peer: usize,
+    draining: AtomicBool,
+}
+
+struct Session {
+    token: Token,
+    peer: PeerId,
+    state: Mutex<State>,
+    /// Tells the writer that there may be something to send, or that another conversation has taken over.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    /// Counts the conversations: only the latest one may write.
+    conversation: u64,
+    requests: BTreeMap<u64, Request>,
+    /// The request that was written for last: the next one in turn comes after it.
+    turn: u64,
+    /// Messages that are about no request.
+    notices: VecDeque<Blob>,
+    /// Since when there is no conversation.
+    left: Option<Instant>,
+}
+
+struct Request {
+    window: u64,
+    /// The first piece that has not been read.
+    read: u64,
+    /// The next piece to send.
+    sent: u64,
+    /// The pieces from `read` on.
+    kept: VecDeque<Blob>,
+    /// Tells the task that its window has moved.
+    moved: Arc<Notify>,
+    over: bool,
+    /// Drops the generation with the request.
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Request {
+    fn next_to_send(&mut self) -> Option<Blob> {
+        let piece = self.kept.get((self.sent - self.read) as usize)?.clone();
+        self.sent += 1;
+        Some(piece)
+    }
+
+    /// Forgets what was read; whether nothing more is to come.
+    fn advance(&mut self, next: u64) -> bool {
+        let read = (next.saturating_sub(self.read) as usize).min(self.kept.len());
+        self.kept.drain(..read);
+        self.read += read as u64;
+        self.sent = self.sent.max(self.read);
+        self.moved.notify_one();
+        self.over && self.kept.is_empty()
+    }
+}
+
+impl Sessions {
+    /// `per_peer` sessions at most may one peer have.
+    pub fn new(scheduler: Arc<Scheduler>, per_peer: usize) -> Self {
+        Self(Arc::new(Shared { scheduler, sessions: Mutex::default(), per_peer, draining: AtomicBool::new(false) }))
+    }
+
+    /// Sessions that are kept now, those without a conversation among them.
+    pub fn count(&self) -> usize {
+        self.0.sessions.lock().len()
+    }
+
+    /// Refuses new requests from now on, and returns when those that run have ended.
+    pub async fn drain(&self) {
+        self.0.draining.store(true, Ordering::Release);
+        while self.any(|request| !request.over) {
+            tokio::time::sleep(LOOK).await;
+        }
+        // What was produced last is still on its way.
+        let read = async {
+            while self.any(|_| true) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(LAST_READ, read).await;
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.0.draining.load(Ordering::Acquire)
+    }
+
+    fn any(&self, is: impl Fn(&Request) -> bool) -> bool {
+        self.0.sessions.lock().values().any(|session| session.state.lock().requests.values().any(&is))
+    }
+
+    /// Serves one conversation to its end.
+    pub async fn serve(&self, peer: PeerId, mut incoming: Stream<Blob>, outgoing: Sender<Blob>) {
+        let (session, conversation) = match self.begin(&peer, &mut incoming).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                tracing::debug!(%peer, code = %error.code, %error, "Session refused.");
+                let retry_after_ms = error.retry_after_ms;
+                let refusal = Refusal { retry_after_ms, ..Refusal::new(error.code, error.message) };
+                if let Ok(message) = wire::encode(&Tell::Refused(refusal)) {
+                    // A peer that has left needs no reason.
+                    let _ = outgoing.send(message).await;
+                }
+                drop(outgoing);
+                return until_read(incoming).await;
+            }
+        };
+        let writing = AbortOnDropHandle::new(tokio::spawn(write(session.clone(), conversation, outgoing)));
+        let ended = self.read(&session, &mut incoming).await;
+        drop(writing);
+        match ended {
+            Ok(()) => self.end(&session),
+            Err(error) => {
+                tracing::debug!(%peer, session = ?session.token, %error, "A session's conversation broke off.");
+                self.leave(&session, conversation);
+            }
+        }
+    }
+
+    async fn begin(&self, peer: &PeerId, incoming: &mut Stream<Blob>) -> Result<(Arc<Session>, u64)> {
+        let first = tokio::time::timeout(FIRST_MESSAGE, incoming.next()).await;
+        let first = match first {
+            Ok(Some(first)) => wire::decode(&first?)?,
+            Ok(None) => return Err(PluginError::new(Code::Protocol, "the conversation ended before its first message")),
+            Err(_) => return Err(PluginError::new(Code::DeadlineExceeded, "no first message came within 10 s")),
+        };
+        match first {
+            Ask::Hello { version: VERSION } => self.open(peer),
+            Ask::Hello { version } => Err(PluginError::new(
+                Code::Unimplemented,
+                format!("this node speaks version {VERSION} of sessions, not {version}"),
+            )),
+            Ask::Resume { session, requests } => {
+                // A session of another peer is as unknown as one that never was.
+                let found = self.0.sessions.lock().get(&session).filter(|found| found.peer == *peer).cloned();
+                let session = found.ok_or_else(|| PluginError::not_found("there is no such session, or its time was over"))?;
+                let conversation = session.resume(&requests)?;
+                Ok((session, conversation))
+            }
+            _ => Err(PluginError::new(Code::Protocol, "a conversation begins with hello or resume")),
+        }
+    }
+
+    fn open(&self, peer: &PeerId) -> Result<(Arc<Session>, u64)> {
+        let token = Token::random();
+        let welcome = Tell::Welcome {
+            version: VERSION,
+            session: token.clone(),
+            linger_ms: LINGER.as_millis() as u64,
+            requests: MOST_REQUESTS as u32,
+        };
+        let state = State { conversation: 1, notices: [wire::encode(&welcome)?].into(), ..State::default() };
+        let session = Session { token: token.clone(), peer: peer.clone(), state: Mutex::new(state), changed: Notify::new() };
+        let session = Arc::new(session);
+        let mut sessions = self.0.sessions.lock();
+        let busy = |why: String| PluginError::new(Code::Overloaded, why).retry_after(Duration::from_secs(5));
+        if sessions.len() >= MOST_SESSIONS {
+            return Err(busy(format!("{MOST_SESSIONS} sessions are open")));
+        }
+        let most = self.0.per_peer;
+        if sessions.values().filter(|other| other.peer == *peer).count() >= most {
+            return Err(busy(format!("{most} sessions with this peer are open: use one for several requests")));
+        }
+        sessions.insert(token, session.clone());
+        Ok((session, 1))
+    }
+
+    /// Reads until the session is over; an error where only the conversation is.
+    async fn read(&self, session: &Arc<Session>, incoming: &mut Stream<Blob>) -> Result<()> {
+        while let Some(message) = incoming.next().await {
+            match wire::decode(&message?)? {
+                Ask::Infer { id, request, window, timeout_ms } => self.infer(session, id, *request, window, timeout_ms)?,
+                Ask::Read { id, next } => {
+                    let mut state = session.state.lock();
+                    if state.requests.get_mut(&id).is_some_and(|request| request.advance(next)) {
+                        state.requests.remove(&id);
+                    }
+                }
+                Ask::Cancel { id } => drop(session.state.lock().requests.remove(&id)),
+                Ask::Bye => return Ok(()),
+                Ask::Hello { .. } | Ask::Resume { .. } => {
+                    return Err(PluginError::new(Code::Protocol, "a conversation has one beginning"));
+                }
+                Ask::Unknown => {}
+            }
+        }
+        Err(PluginError::unavailable("the peer left without a word"))
+    }
+
+    fn infer(&self, session: &Arc<Session>, id: u64, request: Generation, window: u32, timeout_ms: u64) -> Result<()> {
+        let mut state = session.state.lock();
+        if state.requests.contains_key(&id) {
+            return Err(PluginError::new(Code::Protocol, "a request has the id of one that runs"));
+        }
+        let full = state.requests.len() >= MOST_REQUESTS;
+        if full || self.is_draining() {
+            let refusal = match full {
+                true => {
+                    let why = format!("{MOST_REQUESTS} requests of this session are not read to their end");
+                    Refusal { retry_after_ms: Some(1000), ..Refusal::new(Code::Overloaded, why) }
+                }
+                false => Refusal::new(Code::Unavailable, "the node is about to leave"),
+            };
+            state.notices.push_back(wire::encode(&Tell::Failed { id, seq: 0, refusal })?);
+            // A peer that asks on and on without reading what it is told has lost its session.
+            if state.notices.len() > 2 * MOST_REQUESTS {
+                return Err(PluginError::new(Code::Protocol, "the peer does not read why its requests are refused"));
+            }
+            drop(state);
+            session.changed.notify_one();
+            return Ok(());
+        }
+        // Two clients must not share what the model has cached, nor overtake others.
+        let request = Generation { cache_salt: session.peer.to_string(), priority: 0, ..request };
+        let moved = Arc::<Notify>::default();
+        let task = answer(self.0.scheduler.clone(), session.clone(), id, request, Duration::from_millis(timeout_ms).min(LONGEST));
+        let request = Request {
+            window: window.clamp(1, MAX_WINDOW).into(),
+            read: 0,
+            sent: 0,
+            kept: VecDeque::new(),
+            moved,
+            over: false,
+            _task: AbortOnDropHandle::new(tokio::spawn(task)),
+        };
+        state.requests.insert(id, request);
+        Ok(())
+    }
+
+    fn end(&self, session: &Session) {
+        self.0.sessions.lock().remove(&session.token);
+        // Dropped outside the lock: each ends its generation.
+        let requests = std::mem::take(&mut session.state.lock().requests);
+        drop(requests);
+    }
+
+    /// Keeps a session for a while after its conversation broke off; one without requests has nothing to keep.
+    fn leave(&self, session: &Arc<Session>, conversation: u64) {
+        {
+            let mut state = session.state.lock();
+            if state.conversation != conversation {
+                return;
+            }
+            state.left = Some(Instant::now());
+            if !state.requests.is_empty() {
+                let (sessions, session) = (self.clone(), session.clone());
+                tokio::spawn(async move {
+                    tokio::time::sleep(LINGER).await;
+                    let left = session.state.lock().left.is_some_and(|left| left.elapsed() >= LINGER);
+                    if left {
+                        sessions.end(&session);
+                    }
+                });
+                return;
+            }
+        }
+        self.end(session);
+    }
+}
+
+impl Session {
+    /// Makes another conversation the one that is written to.
+    fn resume(&self, requests: &[wire::From]) -> Result<u64> {
+        let mut state = self.state.lock();
+        state.left = None;
+        state.conversation += 1;
+        state.notices.clear();
+        let mut known = Vec::new();
+        for from in requests {
+            if let Some(request) = state.requests.get_mut(&from.id)
+                && (request.read..=request.read + request.kept.len() as u64).contains(&from.next)
+            {
+                if request.advance(from.next) {
+                    state.requests.remove(&from.id);
+                    continue;
+                }
+                request.sent = from.next;
+                known.push(from.id);
+            }
+        }
+        // What the asker does not name, it does not want.
+        state.requests.retain(|id, _| known.contains(id));
+        state.notices.push_back(wire::encode(&Tell::Resumed { requests: known })?);
+        let conversation = state.conversation;
+        drop(state);
+        self.changed.notify_one();
+        Ok(conversation)
+    }
+
+    /// Adds the next piece of an answer, once the window allows it; `false` where nobody wants it any more.
+    async fn add(&self, id: u64, seq: u64, piece: Blob, over: bool) -> bool {
+        loop {
+            let moved = {
+                let mut state = self.state.lock();
+                let Some(request) = state.requests.get_mut(&id) else { return false };
+                // The end needs no place of its own: it is one message, and nothing follows it.
+                if over || seq < request.read + request.window {
+                    request.kept.push_back(piece);
+                    request.over = over;
+                    drop(state);
+                    self.changed.notify_one();
+                    return true;
+                }
+                request.moved.clone()
+            };
+            moved.notified().await;
+        }
+    }
+
+    /// What is to be written next on a conversation; `None` where there is nothing, an error where another has taken over.
+    fn next(&self, conversation: u64) -> std::result::Result<Option<Blob>, ()> {
+        let mut state = self.state.lock();
+        if state.conversation != conversation {
+            return Err(());
+        }
+        let state = &mut *state;
+        if let Some(notice) = state.notices.pop_front() {
+            return Ok(Some(notice));
+        }
+        let after = (Bound::Excluded(state.turn), Bound::Unbounded);
+        let next = |(id, request): (&u64, &mut Request)| request.next_to_send().map(|piece| (*id, piece));
+        let found =
+            state.requests.range_mut(after).find_map(next).or_else(|| state.requests.range_mut(..=state.turn).find_map(next));
+        Ok(found.map(|(id, piece)| {
+            state.turn = id;
+            piece
+        }))
+    }
+}
+
+/// Writes what is to be written, until the conversation is over.
+async fn write(session: Arc<Session>, conversation: u64, outgoing: Sender<Blob>) {
+    loop {
+        match session.next(conversation) {
+            Ok(Some(message)) => {
+                if outgoing.send(message).await.is_err() {
+                    return;
+                }
+            }
+            Ok(None) => session.changed.notified().await,
+            Err(()) => {
+                // The one that took over may have been told in this one's place.
+                session.changed.notify_one();
+                return;
+            }
+        }
+    }
+}
+
+/// Asks the scheduler, and adds the pieces of the answer as they come.
+async fn answer(scheduler: Arc<Scheduler>, session: Arc<Session>, id: u64, request: Generation, timeout: Duration) {
+    let cx = Cx::new().with_timeout(timeout);
+    let failed = |seq, refused: Refused| {
+        let retry_after_ms = refused.retry_after.map(|wait| wait.as_millis() as u64);
+        Tell::Failed { id, seq, refusal: Refusal { retry_after_ms, ..Refusal::new(refused.code, refused.message) } }
+    };
+    let mut answer = match scheduler.generate(cx, request).await {
+        Ok(answer) => answer,
+        Err(refused) => return add(&session, id, 0, &failed(0, refused)).await,
+    };
+    let mut seq = 0;
+    while let Some(chunk) = answer.next().await {
+        let (tell, over) = match chunk {
+            Ok(chunk) => {
+                let over = matches!(chunk, Chunk::Done(_));
+                (Tell::Chunk { id, seq, chunk }, over)
+            }
+            Err(refused) => (failed(seq, refused), true),
+        };
+        if over {
+            // The slot is free before the asker has read the end.
+            drop(answer);
+            return add(&session, id, seq, &tell).await;
+        }
+        let Ok(piece) = wire::encode(&tell) else {
+            let refusal = Refusal::new(Code::Internal, "a piece of the answer is larger than a message may be");
+            return add(&session, id, seq, &Tell::Failed { id, seq, refusal }).await;
+        };
+        if !session.add(id, seq, piece, false).await {
+            return;
+        }
+        seq += 1;
+    }
+}
+
+/// Adds an answer's last piece.
+async fn add(session: &Session, id: u64, seq: u64, last: &Tell) {
+    match wire::encode(last) {
+        Ok(piece) => drop(session.add(id, seq, piece, true).await),
+        Err(error) => tracing::error!(%error, "The end of an answer cannot be sent."),
+    }
+}
