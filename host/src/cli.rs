@@ -14,6 +14,7 @@ use crate::config::{Flag, Loaded, Problems, Sources};
 mod chat;
 mod config;
 mod log;
+mod network;
 mod plugin;
 mod run;
 #[cfg(test)]
@@ -49,6 +50,9 @@ Exit codes:
 enum Command {
     Run(run::Run),
     Chat(chat::Chat),
+    Find(network::Find),
+    Peers(network::Peers),
+    Connect(network::Connect),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
 }
@@ -141,6 +145,17 @@ fn print(json: bool, value: &Value, text: impl fmt::Display) -> io::Result<()> {
     }
 }
 
+/// Rows as a table: every column but the last as wide as its widest cell.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let line = |row: &[String; N]| {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        cells.join("  ").trim_end().to_string()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     start(std::env::args_os())
@@ -160,6 +175,9 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = match cli.command {
         Command::Run(run) => run.execute(json),
         Command::Chat(chat) => chat.execute(json),
+        Command::Find(find) => find.execute(json),
+        Command::Peers(peers) => peers.execute(json),
+        Command::Connect(connect) => connect.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),
     };

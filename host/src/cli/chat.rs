@@ -1,7 +1,7 @@
 //! `fabstir-node chat`.
 
 use std::io::{self, IsTerminal, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -10,7 +10,8 @@ use rustyline::history::FileHistory;
 use rustyline::{Config as EditorConfig, Editor};
 use serde_json::json;
 
-use super::{ConfigArgs, Failure};
+use super::Failure;
+use super::network::{Local, NetworkArgs, threads};
 use crate::config::Config;
 
 mod client;
@@ -56,8 +57,12 @@ pub struct Chat {
     #[arg(long, short)]
     verbose: bool,
 
+    /// Asks nodes of the network for the model, instead of a node that runs here; needs --model.
+    #[arg(long, requires = "model", conflicts_with = "url")]
+    network: bool,
+
     #[command(flatten)]
-    config: ConfigArgs,
+    reach: NetworkArgs,
 }
 
 /// How long a busy or loading node is waited for.
@@ -66,16 +71,26 @@ const PATIENCE: Duration = Duration::from_secs(600);
 impl Chat {
     pub fn execute(self, json: bool) -> Result<(), Failure> {
         // Where the address is given, a broken configuration does not stop a chat: only the history would lie in its data folder.
-        let config = match (&self.url, self.config.load()) {
+        let config = match (&self.url, self.reach.config.load()) {
             (_, Ok(loaded)) => Some(loaded.config),
             (None, Err(failure)) => return Err(failure),
             (Some(_), Err(_)) => None,
         };
-        let url = self.url.clone().or_else(|| config.as_ref().map(address)).unwrap_or_default();
+        let mut url = self.url.clone().or_else(|| config.as_ref().map(address)).unwrap_or_default();
         // One thread drives connections all the time: a dropped answer must reach the node while this one waits for the keyboard.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime =
             runtime.map_err(|error| Failure::new(Failure::FAILED, "runtime", format!("cannot start a thread: {error}")))?;
+        let mut local = None;
+        if let (true, Some(config), Some(model)) = (self.network, &config, &self.model) {
+            let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+            self.reach.prepare(json)?;
+            // On threads of its own, which go on while this one waits for the keyboard.
+            let threads = threads()?;
+            let opened = threads.block_on(Local::open(&self.reach, config, model, any))?;
+            url = format!("http://{}", opened.address);
+            local = Some((threads, opened));
+        }
         let client = Client::new(&url)?;
         let mut session = Session {
             client,
@@ -96,10 +111,15 @@ impl Chat {
             return Err(Failure::new(Failure::USAGE, "usage", message));
         }
         session.model = session.pick_model(self.model)?;
-        match prompt {
+        let talked = match prompt {
             Some(prompt) => session.one_shot(prompt, json),
             None => session.converse(config.as_ref()),
+        };
+        if let Some((threads, local)) = local {
+            threads.block_on(local.close(Duration::from_secs(1)));
+            threads.shutdown_background();
         }
+        talked
     }
 
     fn conversation(&self) -> Conversation {

@@ -104,14 +104,3 @@ fn lock(names: &[String], config: &Config, json: bool) -> Result<(), Failure> {
     let text = format!("{}\nwritten to {}", rows.join("\n"), lock.display());
     Ok(print(json, &json!({ "lock": lock, "plugins": locked }), text)?)
 }
-
-/// Rows as a table: every column but the last as wide as its widest cell.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; N] = std::array::from_fn(width);
-    let line = |row: &[String; N]| {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        cells.join("  ").trim_end().to_string()
-    };
-    rows.iter().map(line).collect::<Vec<_>>().join("\n")
-}

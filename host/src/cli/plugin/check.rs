@@ -98,5 +98,5 @@ fn list(json: bool) -> Result<(), Failure> {
         .iter()
         .map(|check| [check.name.to_string(), check.kind.unwrap_or("all").to_string(), check.promise.to_string()])
         .collect();
-    Ok(print(json, &json!({ "checks": checks }), super::table(&rows))?)
+    Ok(print(json, &json!({ "checks": checks }), super::super::table(&rows))?)
 }

@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use fabstir_plugin_api::manifest::Manifest;
 use serde_json::{Value, json};
 
-use super::super::{Failure, print};
-use super::table;
+use super::super::{Failure, print, table};
 use crate::config::{Config, Isolation, PluginEntry};
 use crate::loader::{LoadError, Loader, inspect};
 use crate::supervisor::isolation;

@@ -1,0 +1,58 @@
+//! A model of a remote node, as the kind inference: what the local scheduler sees of it.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::error::{PluginError, Result};
+use fabstir_plugin_api::inference::{Chunk, Generation, Inference, Loaded, Model};
+use fabstir_plugin_api::stream::Stream;
+use parking_lot::RwLock;
+
+use super::link::Link;
+use crate::network::capability::Offer;
+
+/// The time for a request that came without a deadline.
+const LONGEST: Duration = Duration::from_secs(3600);
+
+pub(super) struct Remote {
+    pub link: Link,
+    /// What the model is called here; the node may call it otherwise.
+    pub name: String,
+    /// What the node last said of it.
+    pub offer: RwLock<Offer>,
+}
+
+impl Remote {
+    fn known(&self, model: &str) -> Result<Offer> {
+        match model == self.name {
+            true => Ok(self.offer.read().clone()),
+            false => Err(PluginError::not_found(format!("the node is asked for `{}` only, not for `{model}`", self.name))),
+        }
+    }
+}
+
+#[async_trait]
+impl Inference for Remote {
+    async fn models(&self, _: &Cx) -> Result<Vec<Model>> {
+        let context = Some(self.offer.read().context);
+        Ok(vec![Model { id: self.name.clone(), loaded: true, context, bytes: None }])
+    }
+
+    async fn load(&self, _: &Cx, model: String) -> Result<Loaded> {
+        let Offer { context, slots, digest, .. } = self.known(&model)?;
+        Ok(Loaded { model, context, parallel: slots, memory: None, load_ms: 0, digest })
+    }
+
+    /// What a node keeps loaded is its own affair.
+    async fn unload(&self, _: &Cx, _: String) -> Result<()> {
+        Ok(())
+    }
+
+    async fn generate(&self, cx: &Cx, request: Generation) -> Result<Stream<Chunk>> {
+        let model = self.known(&request.model)?.name;
+        // What keeps local clients apart is no business of the node's, which keeps its peers apart itself.
+        let request = Generation { model, cache_salt: String::new(), priority: 0, ..request };
+        self.link.ask(request, cx.remaining().unwrap_or(LONGEST))
+    }
+}
