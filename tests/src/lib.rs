@@ -11,7 +11,7 @@
 //! ```
 //!
 //! - [`Place`] is a folder with a configuration, in which commands run; [`Node`] is a running node in one.
-//! - [`http`] talks to it, [`process`] looks at its processes, [`terminal`] is a terminal for its chat.
+//! - [`peers`] are nodes in a network. [`http`] talks to a node, [`process`] looks at its processes, [`terminal`] is a terminal for its chat.
 //! - [`rogue`] makes libraries that no toolchain of ours would make, [`gguf`] model files that nobody should load.
 //!
 //! Nothing here sleeps for a fixed time: [`eventually`] looks again and again, and fails at its limit with the node's log.
@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 pub mod gguf;
 pub mod http;
 pub mod node;
+pub mod peers;
 pub mod place;
 pub mod process;
 pub mod rogue;

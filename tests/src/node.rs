@@ -32,11 +32,17 @@ impl Node {
 
     /// Starts a node and waits until it listens, which it does before any plugin is ready.
     pub fn launch(place: Place, arguments: &[&str]) -> Self {
+        let arguments: Vec<&str> = ["run"].iter().chain(arguments).copied().collect();
+        Self::start_command(place, &arguments)
+    }
+
+    /// Starts a subcommand that serves on a port, and waits until it listens.
+    pub fn start_command(place: Place, arguments: &[&str]) -> Self {
         let log = place.path().join("log");
         let mut command = place.command();
         // A node of an earlier launch in the same folder has a log worth keeping.
         let file = File::options().create(true).append(true).open(&log).expect("a log can be written");
-        command.arg("run").args(arguments).stdout(Stdio::piped()).stderr(file);
+        command.args(arguments).stdout(Stdio::piped()).stderr(file);
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let lines = BufReader::new(child.stdout.take().expect("its output is a pipe")).lines();
         let (line, out) = mpsc::channel();

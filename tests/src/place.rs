@@ -83,6 +83,14 @@ impl Place {
         command
     }
 
+    /// Runs a subcommand to its end; fails unless it worked.
+    #[track_caller]
+    pub fn ran(&self, arguments: &[&str]) -> Ran {
+        let ran = self.run(arguments);
+        assert_eq!(ran.code, 0, "{arguments:?}: {ran:#?}");
+        ran
+    }
+
     /// Runs a subcommand to its end.
     pub fn run(&self, arguments: &[&str]) -> Ran {
         self.run_with(arguments, "")

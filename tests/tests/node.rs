@@ -12,5 +12,7 @@ mod faults;
 mod load;
 #[path = "node/loading.rs"]
 mod loading;
+#[path = "node/network.rs"]
+mod network;
 #[path = "node/serving.rs"]
 mod serving;

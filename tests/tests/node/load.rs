@@ -45,7 +45,7 @@ async fn two_hundred_clients_at_four_slots_are_served_or_told_when_to_come_back(
         node.ask("echo", "says its words ".repeat(6).as_str()).await;
     }
     let mut memory = Vec::new();
-    for round in 1..=4 {
+    for round in 1..=10 {
         let began = Instant::now();
         let served = join_all((0..200).map(|number| client(&node, number))).await;
         let refused: Vec<u64> = served.iter().filter_map(|client| client.refused).collect();
@@ -65,9 +65,9 @@ async fn two_hundred_clients_at_four_slots_are_served_or_told_when_to_come_back(
     }
     let broken = node.metric("fabstir_retry_after_promises_total", &["outcome=\"broken\""]).await;
     assert!(broken.is_none_or(|broken| broken == 0.0), "{broken:?} promises were broken");
-    // The first round opens what stays open; from then on it is the same work.
-    let grown = memory[3].saturating_sub(memory[1]);
-    assert!(grown < 4 << 20, "the node grew by {} KiB in two rounds: {memory:?}", grown >> 10);
+    // The first rounds open what stays open, and fill the allocator's lists; from then on it is the same work.
+    let grown = memory[9].saturating_sub(memory[4]);
+    assert!(grown < 1 << 20, "the node grew by {} KiB in five rounds: {memory:?}", grown >> 10);
 }
 
 /// Fifty clients, each with one stream after the other, until told to stop.
