@@ -275,7 +275,11 @@ impl Connect {
                 |error: std::io::Error| Failure::new(Failure::FAILED, "signals", format!("signals cannot be received: {error}"));
             let mut terminate = signal(SignalKind::terminate()).map_err(signals)?;
             let mut interrupt = signal(SignalKind::interrupt()).map_err(signals)?;
-            let local = Local::open(&self.network, &config, &self.model, self.listen).await?;
+            let local = tokio::select! {
+                local = Local::open(&self.network, &config, &self.model, self.listen) => local?,
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+            };
             writeln!(std::io::stdout(), "Listening on http://{}", local.address)?;
             tokio::select! {
                 _ = terminate.recv() => {}

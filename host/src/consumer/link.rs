@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::network::session::PROTOCOL;
-use crate::network::session::wire::{self, Ask, From, Tell, Token, VERSION};
+use crate::network::session::wire::{self, Ask, From, LINGER, Tell, Token, VERSION};
 
 /// Pieces of one answer that may be under way.
 const WINDOW: u32 = 64;
@@ -46,6 +46,8 @@ struct Shared {
 struct State {
     /// Where messages for the node go, while there is a session.
     asks: Option<mpsc::UnboundedSender<Ask>>,
+    /// Whether the session's conversation broke, and it is not known yet whether it goes on.
+    broken: bool,
     waiting: BTreeMap<u64, Waiting>,
 }
 
@@ -54,6 +56,8 @@ struct Waiting {
     pieces: Sender<Chunk>,
     /// The next piece that is to come.
     next: u64,
+    /// How many have been read.
+    read: Arc<AtomicU64>,
 }
 
 impl Link {
@@ -79,7 +83,11 @@ impl Link {
         // Room for a whole window, so that the task that reads the connection never waits for one of its readers.
         let (pieces, answer) = Stream::channel(WINDOW as usize + 2);
         let mut state = self.shared.state.lock();
-        state.waiting.insert(id, Waiting { pieces, next: 0 });
+        if state.broken {
+            return Err(PluginError::unavailable("the connection to the node broke"));
+        }
+        let read = Arc::<AtomicU64>::default();
+        state.waiting.insert(id, Waiting { pieces, next: 0, read: read.clone() });
         let sent = match &state.asks {
             Some(asks) => asks.send(ask).map_err(|mpsc::error::SendError(ask)| ask),
             None => Err(ask),
@@ -93,7 +101,7 @@ impl Link {
             *self.task.lock() = Some(AbortOnDropHandle::new(task));
         }
         drop(state);
-        Ok(Reading { answer, id, read: 0, told: 0, over: false, shared: self.shared.clone() }.into_stream())
+        Ok(Reading { answer, id, read, told: 0, over: false, shared: self.shared.clone() }.into_stream())
     }
 }
 
@@ -101,9 +109,10 @@ impl Link {
 struct Reading {
     answer: Stream<Chunk>,
     id: u64,
-    read: u64,
+    read: Arc<AtomicU64>,
     /// How much of that the node knows.
     told: u64,
+    /// The last piece has been read.
     over: bool,
     shared: Arc<Shared>,
 }
@@ -112,11 +121,11 @@ impl Reading {
     fn into_stream(self) -> Stream<Chunk> {
         Stream::new(futures::stream::unfold(self, |mut reading| async move {
             let item = reading.answer.next().await?;
-            reading.read += 1;
-            reading.over = !matches!(item, Ok(Chunk::Text(_)));
-            if reading.over || reading.read - reading.told >= u64::from(WINDOW) / 2 {
-                reading.told = reading.read;
-                reading.shared.tell(Ask::Read { id: reading.id, next: reading.read });
+            let read = reading.read.fetch_add(1, Ordering::Relaxed) + 1;
+            reading.over = matches!(item, Ok(Chunk::Done(_)));
+            if reading.over || read - reading.told >= u64::from(WINDOW) / 2 {
+                reading.told = read;
+                reading.shared.tell(Ask::Read { id: reading.id, next: read });
             }
             Some((item, reading))
         }))
@@ -125,8 +134,9 @@ impl Reading {
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        let waited = self.shared.state.lock().waiting.remove(&self.id).is_some();
-        if waited && !self.over {
+        self.shared.state.lock().waiting.remove(&self.id);
+        // Also where the last piece has come and was not read: the node keeps it until it knows.
+        if !self.over {
             self.shared.tell(Ask::Cancel { id: self.id });
         }
     }
@@ -145,6 +155,7 @@ impl Shared {
         let waiting = {
             let mut state = self.state.lock();
             state.asks = None;
+            state.broken = false;
             std::mem::take(&mut state.waiting)
         };
         for waiting in waiting.into_values() {
@@ -155,6 +166,7 @@ impl Shared {
     /// Ends the requests that have produced nothing yet: another node can have them at once.
     fn give_back(&self, error: &PluginError) {
         let mut state = self.state.lock();
+        state.broken = true;
         let silent: Vec<u64> = state.waiting.iter().filter(|(_, waiting)| waiting.next == 0).map(|(id, _)| *id).collect();
         for waiting in silent.into_iter().filter_map(|id| state.waiting.remove(&id)) {
             waiting.pieces.try_fail(error.clone());
@@ -164,9 +176,14 @@ impl Shared {
     /// Takes a message about a request.
     fn take(&self, tell: Tell) -> Result<()> {
         let (id, seq, piece) = match tell {
+            Tell::Chunk { id, seq, chunk: Chunk::Text(mut text) } => {
+                // A number of the node's own choice: a piece has no more tokens than bytes.
+                text.tokens = text.tokens.min(text.text.len().max(text.logprobs.len()).max(1) as u32);
+                (id, seq, Ok(Chunk::Text(text)))
+            }
             Tell::Chunk { id, seq, chunk } => (id, seq, Ok(chunk)),
-            Tell::Failed { id, seq, refusal } => (id, seq, Err(PluginError::from(refusal))),
-            Tell::Refused(refusal) => return Err(refusal.into()),
+            Tell::Failed { id, seq, refusal } => (id, seq, Err(refusal)),
+            Tell::Refused(refusal) => return Err(refusal),
             Tell::Welcome { .. } | Tell::Resumed { .. } | Tell::Unknown => return Ok(()),
         };
         let mut state = self.state.lock();
@@ -228,8 +245,10 @@ async fn drive(weak: Weak<Shared>, mut outbox: mpsc::UnboundedReceiver<Ask>) {
     let (transport, destination) = (shared.transport.clone(), shared.peer.lock().clone());
     let begun = Conversation::open(&*transport, destination, &Ask::Hello { version: VERSION }).await;
     let (mut conversation, session, linger) = match begun {
-        Ok((conversation, Tell::Welcome { session, linger_ms, .. })) => (conversation, session, Duration::from_millis(linger_ms)),
-        Ok((_, Tell::Refused(refusal))) => return shared.fail(&refusal.into()),
+        Ok((conversation, Tell::Welcome { session, linger_ms, .. })) => {
+            (conversation, session, Duration::from_millis(linger_ms).min(LINGER))
+        }
+        Ok((_, Tell::Refused(refusal))) => return shared.fail(&refusal),
         Ok(_) => return shared.fail(&PluginError::new(Code::Protocol, "the node began with another word than welcome")),
         Err(error) => return shared.fail(&unreachable(error)),
     };
@@ -279,6 +298,12 @@ async fn talk(weak: &Weak<Shared>, conversation: &mut Conversation, outbox: &mut
             ask = outbox.recv() => {
                 // The last sender goes with the link.
                 let Some(ask) = ask else { return Over::Idle };
+                // Given up, or given back, before it was sent.
+                if let Ask::Infer { id, .. } = &ask
+                    && !weak.upgrade().is_some_and(|shared| shared.state.lock().waiting.contains_key(id))
+                {
+                    continue;
+                }
                 let message = match wire::encode(&ask) {
                     Ok(message) => message,
                     Err(error) => return Over::Broken(error),
@@ -318,19 +343,23 @@ async fn resume(
             break;
         }
         tokio::time::sleep(pause).await;
-        let requests: Vec<From> =
-            shared.state.lock().waiting.iter().map(|(id, waiting)| From { id: *id, next: waiting.next }).collect();
+        let from =
+            |(id, waiting): (&u64, &Waiting)| From { id: *id, next: waiting.next, read: waiting.read.load(Ordering::Relaxed) };
+        // Those that have produced nothing were given back, or have been asked since and go out when the conversation stands.
+        let begun = |(_, waiting): &(&u64, &Waiting)| waiting.next > 0;
+        let requests: Vec<From> = shared.state.lock().waiting.iter().filter(begun).map(from).collect();
         if requests.is_empty() {
             break;
         }
         let destination = shared.peer.lock().clone();
+        let named: Vec<u64> = requests.iter().map(|from| from.id).collect();
         let first = Ask::Resume { session: session.clone(), requests };
         match Conversation::open(&**transport, destination, &first).await {
             Ok((conversation, Tell::Resumed { requests })) => {
                 let lost: Vec<Waiting> = {
                     let mut state = shared.state.lock();
-                    let lost: Vec<u64> = state.waiting.keys().copied().filter(|id| !requests.contains(id)).collect();
-                    lost.iter().filter_map(|id| state.waiting.remove(id)).collect()
+                    state.broken = false;
+                    named.iter().filter(|id| !requests.contains(id)).filter_map(|id| state.waiting.remove(id)).collect()
                 };
                 for waiting in lost {
                     waiting.pieces.try_fail(PluginError::unavailable("the node has lost this request"));
@@ -338,7 +367,7 @@ async fn resume(
                 return Ok(conversation);
             }
             // It has forgotten the session, as after a restart.
-            Ok((_, Tell::Refused(refusal))) => return Err(refusal.into()),
+            Ok((_, Tell::Refused(refusal))) => return Err(refusal),
             Ok(_) => return Err(PluginError::new(Code::Protocol, "the node went on with another word than resumed")),
             Err(error) => tracing::debug!(session = ?session, %error, "The node is not back yet."),
         }

@@ -30,6 +30,8 @@ const SEARCH: Duration = Duration::from_secs(5);
 /// How often it is looked again: soon while nobody has been found, and within the life of what a node says otherwise.
 const SOON: Duration = Duration::from_millis(200);
 const LATER: Duration = Duration::from_secs(15);
+/// Slots that one node is believed to have.
+const MOST_SLOTS: u32 = 1024;
 /// Looks that a node may miss before it is no route any more.
 const MISSED: u32 = 2;
 
@@ -179,7 +181,7 @@ impl Market {
 
     fn route(&self, known: &Known) -> InferenceRoute {
         let Offer { context, slots, digest, .. } = known.remote.offer.read().clone();
-        let served = ServedModel { id: self.wanted.to_string(), context, parallel: slots, digest };
+        let served = ServedModel { id: self.wanted.to_string(), context, parallel: slots.clamp(1, MOST_SLOTS), digest };
         InferenceRoute {
             plugin: format!("peer:{}", known.found.peer),
             generation: known.generation,

@@ -93,6 +93,25 @@ async fn an_answer_goes_on_after_the_connection_broke() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_holds_the_node_back_and_loses_nothing_when_the_connection_breaks() {
+    let provider = Provider::start(&format!("{ECHO}config = {{ context = 300000 }}\n")).await;
+    let wire = Wire::to(provider.port()).await.expect("a wire");
+    let local = connect("echo", &[&provider.address_behind(wire.port)]).await;
+    let words: String = (0..60_000).map(|number| format!("w{number} ")).collect();
+    let mut events = local.stream(chat("echo", &words)).await;
+    let mut text = events.text().await;
+    for _ in 0..3 {
+        // Long enough for everything between the two to be full.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(provider.node.running("echo").await, 1.0, "nobody has held the node back");
+        wire.cut_for(Duration::from_millis(300)).await;
+        text += &events.text().await;
+    }
+    text += &events.rest().await.text;
+    assert!(text == words, "{} of {} bytes came through", text.len(), words.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_has_produced_nothing_goes_to_the_next_node() {
     let hub = Provider::start(ECHO).await;
     let faulty = "[[plugin]]\nid = 'faulty'\nuse = 'inference-faulty'\n";

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fabstir_plugin_api::abi::Blob;
 use fabstir_plugin_api::context::Cx;
@@ -21,12 +21,12 @@ use fabstir_plugin_api::error::{Code, PluginError, Result};
 use fabstir_plugin_api::inference::{Chunk, Generation};
 use fabstir_plugin_api::stream::{Sender, Stream};
 use fabstir_plugin_api::transport::PeerId;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::super::until_read;
-use super::wire::{self, Ask, LINGER, MAX_WINDOW, Refusal, Tell, Token, VERSION};
+use super::wire::{self, Ask, LINGER, MAX_WINDOW, Tell, Token, VERSION};
 use crate::scheduler::{Refused, Scheduler};
 
 /// How long a peer may take to say what it wants.
@@ -38,6 +38,10 @@ const MOST_SESSIONS: usize = 1024;
 /// How often it is looked whether all requests have ended, and how long peers may take to read their ends.
 const LOOK: Duration = Duration::from_millis(20);
 const LAST_READ: Duration = Duration::from_secs(2);
+/// How long an asker may read nothing of an answer before its slot is given to others.
+const STALL: Duration = Duration::from_secs(90);
+/// How long a session may have nothing to do.
+const IDLE: Duration = Duration::from_secs(180);
 /// The longest that a request may take.
 const LONGEST: Duration = Duration::from_secs(3600);
 
@@ -69,8 +73,9 @@ struct State {
     turn: u64,
     /// Messages that are about no request.
     notices: VecDeque<Blob>,
-    /// Since when there is no conversation.
-    left: Option<Instant>,
+    /// Ends the session after a while, where there is no conversation.
+    left: Option<AbortOnDropHandle<()>>,
+    ended: bool,
 }
 
 struct Request {
@@ -146,9 +151,7 @@ impl Sessions {
             Ok(begun) => begun,
             Err(error) => {
                 tracing::debug!(%peer, code = %error.code, %error, "Session refused.");
-                let retry_after_ms = error.retry_after_ms;
-                let refusal = Refusal { retry_after_ms, ..Refusal::new(error.code, error.message) };
-                if let Ok(message) = wire::encode(&Tell::Refused(refusal)) {
+                if let Ok(message) = wire::encode(&Tell::Refused(error)) {
                     // A peer that has left needs no reason.
                     let _ = outgoing.send(message).await;
                 }
@@ -156,15 +159,15 @@ impl Sessions {
                 return until_read(incoming).await;
             }
         };
-        let writing = AbortOnDropHandle::new(tokio::spawn(write(session.clone(), conversation, outgoing)));
-        let ended = self.read(&session, &mut incoming).await;
-        drop(writing);
+        let mut parting = Parting { sessions: self, session: &session, conversation, bye: false };
+        let ended = tokio::select! {
+            ended = self.read(&session, &mut incoming) => ended,
+            // Nothing more would come from here: the asker is not to wait for it.
+            () = write(session.clone(), conversation, outgoing) => Err(PluginError::unavailable("it cannot be written to any more")),
+        };
         match ended {
-            Ok(()) => self.end(&session),
-            Err(error) => {
-                tracing::debug!(%peer, session = ?session.token, %error, "A session's conversation broke off.");
-                self.leave(&session, conversation);
-            }
+            Ok(()) => parting.bye = true,
+            Err(error) => tracing::debug!(%peer, session = ?session.token, %error, "A session's conversation broke off."),
         }
     }
 
@@ -218,8 +221,14 @@ impl Sessions {
 
     /// Reads until the session is over; an error where only the conversation is.
     async fn read(&self, session: &Arc<Session>, incoming: &mut Stream<Blob>) -> Result<()> {
-        while let Some(message) = incoming.next().await {
-            match wire::decode(&message?)? {
+        loop {
+            let message = match tokio::time::timeout(IDLE, incoming.next()).await {
+                Ok(Some(message)) => message?,
+                Ok(None) => return Err(PluginError::unavailable("the peer left without a word")),
+                Err(_) if session.state.lock().requests.is_empty() => return Ok(()),
+                Err(_) => continue,
+            };
+            match wire::decode(&message)? {
                 Ask::Infer { id, request, window, timeout_ms } => self.infer(session, id, *request, window, timeout_ms)?,
                 Ask::Read { id, next } => {
                     let mut state = session.state.lock();
@@ -235,7 +244,6 @@ impl Sessions {
                 Ask::Unknown => {}
             }
         }
-        Err(PluginError::unavailable("the peer left without a word"))
     }
 
     fn infer(&self, session: &Arc<Session>, id: u64, request: Generation, window: u32, timeout_ms: u64) -> Result<()> {
@@ -248,9 +256,9 @@ impl Sessions {
             let refusal = match full {
                 true => {
                     let why = format!("{MOST_REQUESTS} requests of this session are not read to their end");
-                    Refusal { retry_after_ms: Some(1000), ..Refusal::new(Code::Overloaded, why) }
+                    PluginError::new(Code::Overloaded, why).retry_after(Duration::from_secs(1))
                 }
-                false => Refusal::new(Code::Unavailable, "the node is about to leave"),
+                false => PluginError::unavailable("the node is about to leave"),
             };
             state.notices.push_back(wire::encode(&Tell::Failed { id, seq: 0, refusal })?);
             // A peer that asks on and on without reading what it is told has lost its session.
@@ -278,34 +286,45 @@ impl Sessions {
         Ok(())
     }
 
-    fn end(&self, session: &Session) {
+    /// Forgets a session. `state` is its own, so that nobody goes on with it meanwhile.
+    fn end(&self, session: &Session, mut state: MutexGuard<'_, State>) {
+        state.ended = true;
+        let requests = std::mem::take(&mut state.requests);
+        drop(state);
         self.0.sessions.lock().remove(&session.token);
-        // Dropped outside the lock: each ends its generation.
-        let requests = std::mem::take(&mut session.state.lock().requests);
+        // Outside the locks: each ends its generation.
         drop(requests);
     }
+}
 
-    /// Keeps a session for a while after its conversation broke off; one without requests has nothing to keep.
-    fn leave(&self, session: &Arc<Session>, conversation: u64) {
-        {
-            let mut state = session.state.lock();
-            if state.conversation != conversation {
-                return;
-            }
-            state.left = Some(Instant::now());
-            if !state.requests.is_empty() {
-                let (sessions, session) = (self.clone(), session.clone());
-                tokio::spawn(async move {
-                    tokio::time::sleep(LINGER).await;
-                    let left = session.state.lock().left.is_some_and(|left| left.elapsed() >= LINGER);
-                    if left {
-                        sessions.end(&session);
-                    }
-                });
-                return;
-            }
+/// What becomes of a session when its conversation is over, however that happens.
+struct Parting<'a> {
+    sessions: &'a Sessions,
+    session: &'a Arc<Session>,
+    conversation: u64,
+    /// The asker has ended it.
+    bye: bool,
+}
+
+impl Drop for Parting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.session.state.lock();
+        // Another conversation has taken over.
+        if state.conversation != self.conversation {
+            return;
         }
-        self.end(session);
+        // Without requests there is nothing to keep; without a runtime the node has ended.
+        let runtime = tokio::runtime::Handle::try_current().ok().filter(|_| !self.bye && !state.requests.is_empty());
+        let Some(runtime) = runtime else { return self.sessions.end(self.session, state) };
+        let (sessions, session) = (self.sessions.clone(), self.session.clone());
+        let forget = runtime.spawn(async move {
+            tokio::time::sleep(LINGER).await;
+            let state = session.state.lock();
+            if state.left.is_some() {
+                sessions.end(&session, state);
+            }
+        });
+        state.left = Some(AbortOnDropHandle::new(forget));
     }
 }
 
@@ -313,6 +332,9 @@ impl Session {
     /// Makes another conversation the one that is written to.
     fn resume(&self, requests: &[wire::From]) -> Result<u64> {
         let mut state = self.state.lock();
+        if state.ended {
+            return Err(PluginError::not_found("the session's time was over"));
+        }
         state.left = None;
         state.conversation += 1;
         state.notices.clear();
@@ -320,8 +342,9 @@ impl Session {
         for from in requests {
             if let Some(request) = state.requests.get_mut(&from.id)
                 && (request.read..=request.read + request.kept.len() as u64).contains(&from.next)
+                && from.read <= from.next
             {
-                if request.advance(from.next) {
+                if request.advance(from.read) {
                     state.requests.remove(&from.id);
                     continue;
                 }
@@ -403,7 +426,7 @@ async fn answer(scheduler: Arc<Scheduler>, session: Arc<Session>, id: u64, reque
     let cx = Cx::new().with_timeout(timeout);
     let failed = |seq, refused: Refused| {
         let retry_after_ms = refused.retry_after.map(|wait| wait.as_millis() as u64);
-        Tell::Failed { id, seq, refusal: Refusal { retry_after_ms, ..Refusal::new(refused.code, refused.message) } }
+        Tell::Failed { id, seq, refusal: PluginError { retry_after_ms, ..PluginError::new(refused.code, refused.message) } }
     };
     let mut answer = match scheduler.generate(cx, request).await {
         Ok(answer) => answer,
@@ -424,13 +447,18 @@ async fn answer(scheduler: Arc<Scheduler>, session: Arc<Session>, id: u64, reque
             return add(&session, id, seq, &tell).await;
         }
         let Ok(piece) = wire::encode(&tell) else {
-            let refusal = Refusal::new(Code::Internal, "a piece of the answer is larger than a message may be");
+            let refusal = PluginError::internal("a piece of the answer is larger than a message may be");
             return add(&session, id, seq, &Tell::Failed { id, seq, refusal }).await;
         };
-        if !session.add(id, seq, piece, false).await {
-            return;
+        match tokio::time::timeout(STALL, session.add(id, seq, piece, false)).await {
+            Ok(true) => seq += 1,
+            Ok(false) => return,
+            Err(_) => {
+                drop(answer);
+                let refusal = PluginError::new(Code::DeadlineExceeded, "the answer was not read in time");
+                return add(&session, id, seq, &Tell::Failed { id, seq, refusal }).await;
+            }
         }
-        seq += 1;
     }
 }
 

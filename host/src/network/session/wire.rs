@@ -34,7 +34,7 @@ impl Token {
 /// Whoever reads a log must not be able to take a session over.
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0[..self.0.len().min(6)])
+        f.write_str(self.0.get(..6).unwrap_or("?"))
     }
 }
 
@@ -44,7 +44,7 @@ impl fmt::Debug for Token {
 pub enum Ask {
     /// Begins a session. The first message of a conversation, or `Resume` is.
     Hello { version: u32 },
-    /// Goes on with a session whose connection broke; of each request the first piece that is missing.
+    /// Goes on with a session whose connection broke.
     Resume { session: Token, requests: Vec<From> },
     /// Asks for an answer of which at most `window` pieces may be under way.
     Infer { id: u64, request: Box<Generation>, window: u32, timeout_ms: u64 },
@@ -62,7 +62,10 @@ pub enum Ask {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct From {
     pub id: u64,
+    /// The first piece that has not arrived.
     pub next: u64,
+    /// Every piece before this one has been read, which the node may not have heard.
+    pub read: u64,
 }
 
 /// From the node.
@@ -74,37 +77,13 @@ pub enum Tell {
     /// The session goes on. Requests that are not named here are not known any more.
     Resumed { requests: Vec<u64> },
     /// The session does not begin, or does not go on. The conversation ends.
-    Refused(Refusal),
+    Refused(PluginError),
     /// Piece `seq` of an answer, counted from 0. The last one is `done`.
     Chunk { id: u64, seq: u64, chunk: Chunk },
     /// The answer ends, or never begins, for this reason. It takes the place of piece `seq`.
-    Failed { id: u64, seq: u64, refusal: Refusal },
+    Failed { id: u64, seq: u64, refusal: PluginError },
     #[serde(other)]
     Unknown,
-}
-
-/// Why not, for programs and for people.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
-    pub code: Code,
-    pub message: String,
-    /// When to ask again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retry_after_ms: Option<u64>,
-}
-
-impl Refusal {
-    pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retry_after_ms: None }
-    }
-}
-
-impl std::convert::From<Refusal> for PluginError {
-    fn from(refusal: Refusal) -> Self {
-        let mut error = PluginError::new(refusal.code, refusal.message);
-        error.retry_after_ms = refusal.retry_after_ms;
-        error
-    }
 }
 
 /// The bytes of a message.
@@ -136,10 +115,10 @@ mod tests {
 
     #[test]
     fn every_message_reads_back_as_it_was_written() {
-        let refusal = Refusal { retry_after_ms: Some(1500), ..Refusal::new(Code::Overloaded, "busy") };
+        let refusal = PluginError::new(Code::Overloaded, "busy").retry_after(Duration::from_millis(1500));
         let asks = [
             Ask::Hello { version: 1 },
-            Ask::Resume { session: Token::random(), requests: vec![From { id: 3, next: 7 }] },
+            Ask::Resume { session: Token::random(), requests: vec![From { id: 3, next: 7, read: 5 }] },
             Ask::Infer { id: 1, request: Box::new(request("the prompt")), window: 64, timeout_ms: 1000 },
             Ask::Read { id: 1, next: 32 },
             Ask::Cancel { id: 1 },
