@@ -189,6 +189,23 @@ async fn a_node_that_drains_ends_its_answers_and_is_not_offered_any_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_transport_that_is_replaced_joins_anew_under_the_same_key() {
+    let provider = Provider::start(ECHO).await;
+    let (_, id) = provider.address.rsplit_once('/').expect("an id");
+    provider.node.place.configure(&format!("{}{ECHO}", NET.replace("mdns = false", "mdns = false, waiting = 32")));
+    provider.node.signal(libc::SIGHUP);
+    eventually("it has joined again", LIMIT, async || {
+        (provider.node.log().matches("Joined the network.").count() == 2).then_some(())
+    })
+    .await;
+    let id = id.to_owned();
+    let again = Provider::of(provider.node).await;
+    assert!(again.address.ends_with(&id), "{}", again.address);
+    let found = Place::new(NET).ran(&["find", "echo", "--json", "--bootstrap", &again.address]).json();
+    assert_eq!(found["nodes"][0]["peer"], id.as_str(), "{found:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_sessions_stream_at_the_same_time() {
     let provider = Provider::start(&slow_echo(5)).await;
     // Ten strangers, each with ten clients.
