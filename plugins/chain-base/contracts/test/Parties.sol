@@ -39,6 +39,12 @@ contract ReentrantToken is ERC20 {
         _inside = false;
     }
 
+    function collect(address token, address to) external {
+        _inside = true;
+        escrow.withdraw(token, to);
+        _inside = false;
+    }
+
     function _update(address from, address to, uint256 value) internal override {
         super._update(from, to, value);
         if (_inside || address(escrow).code.length == 0) return;
