@@ -80,7 +80,7 @@ contract Handler is Base {
         t.maxAttempts = uint8(1 + seed % 3);
         t.hostBond = uint128(seed % 5 * 0.1 ether);
         t.challengeBond = uint128(seed % 3 * 0.01 ether);
-        if (seed % 2 == 0) (t.proofKind, t.programId) = (1, keccak256("program"));
+        if (seed % 4 != 0) (t.proofKind, t.programId) = (1, keccak256("program"));
         if (seed % 3 != 0) t.arbiter = address(arbiter);
         address c = clients[who % 3];
         bool ok = _as(c, t.token == address(0) ? t.maxAmount : 0, abi.encodeCall(escrow.postJob, (t, 0, "")));
@@ -119,7 +119,7 @@ contract Handler is Base {
 
     function prove(uint256 job, uint8 how) external step {
         (uint256 jobId, JobLane.Job memory j) =
-            _job(job, how % 2 == 0 ? JobLane.JobState.Delivered : JobLane.JobState.Challenged);
+            _job(job, how % 4 != 0 ? JobLane.JobState.Delivered : JobLane.JobState.Challenged);
         bytes32 s = how % 5 == 0 ? bytes32(uint256(how)) : escrow.statementOf(jobId);
         bytes memory proof = how % 7 == 0 ? bytes("bad") : bytes("good");
         bool ok = _asHost(j.host, abi.encodeCall(escrow.submitProof, (jobId, abi.encode(s), proof)));
@@ -163,8 +163,23 @@ contract Handler is Base {
     }
 
     function expire(uint256 job) external step {
-        if (escrow.nextJobId() == 1) return;
-        _expire(1 + job % (escrow.nextJobId() - 1));
+        uint256 n = escrow.nextJobId() - 1;
+        if (n == 0) return;
+        // An overdue one if there is any; every fourth time whichever comes, which must then be refused unless it is due.
+        for (uint256 i = 0; i < n && job % 4 != 0; ++i) {
+            uint256 id = 1 + (job % n + i) % n;
+            JobLane.Job memory j = escrow.jobs(id);
+            if (j.state < JobLane.JobState.Settled && block.timestamp > j.deadline) return _expire(id);
+        }
+        _expire(1 + job % n);
+    }
+
+    /// @dev Waits until a job in the given state is overdue, then ends it.
+    function outlast(uint256 job, uint8 state) external step {
+        (uint256 jobId, JobLane.Job memory j) = _job(job, state % 8 < 5 ? JobLane.JobState(1 + state % 8) : JobLane.JobState.Proven);
+        if (j.state == JobLane.JobState.None || j.state >= JobLane.JobState.Settled) return;
+        if (block.timestamp <= j.deadline) vm.warp(uint256(j.deadline) + 1);
+        _expire(jobId);
     }
 
     // Sessions
