@@ -226,11 +226,13 @@ abstract contract JobLane is Ledger {
         emit JobClaimed(jobId, node, deliverBy, attempt);
     }
 
-    /// @notice Gives a claimed job back. Called by the host, at any time before it delivers. A tenth of the bond goes to the client, the
-    /// rest is free again, and the job is Open for others or, if no attempt or no time is left, Refunded.
+    /// @notice Gives a claimed job back. Called by the host before its deadline. A tenth of the bond goes to the client, the rest is free
+    /// again, and the job is Open for others or, if no attempt or no time is left, Refunded.
+    /// @dev Not after the deadline, or a host could always escape the full slash just ahead of `expire`.
     function abandonJob(uint256 jobId) external {
         Job storage j = _inState(jobId, JobState.Claimed);
         _onlyHost(j);
+        _notOverdue(j);
         _loseClaim(jobId, j, j.hostBond / ABANDON_DIVISOR, Why.Abandoned);
     }
 

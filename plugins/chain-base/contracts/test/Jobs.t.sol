@@ -242,6 +242,9 @@ contract JobsTest is Base {
         vm.prank(hot);
         vm.expectPartialRevert(JobLane.DeadlinePassed.selector);
         escrow.submitResult(id, 0, 1, 1, "");
+        vm.prank(hot);
+        vm.expectPartialRevert(JobLane.DeadlinePassed.selector);
+        escrow.abandonJob(id);
         escrow.expire(id);
         state(id, JobLane.JobState.Open);
         money(0, 0.5 ether, 4.5 ether);
