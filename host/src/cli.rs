@@ -13,6 +13,7 @@ use crate::config::{Flag, Loaded, Problems, Sources};
 
 mod chat;
 mod config;
+mod keys;
 mod log;
 mod network;
 mod plugin;
@@ -53,6 +54,7 @@ enum Command {
     Find(network::Find),
     Peers(network::Peers),
     Connect(network::Connect),
+    Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
 }
@@ -178,6 +180,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Find(find) => find.execute(json),
         Command::Peers(peers) => peers.execute(json),
         Command::Connect(connect) => connect.execute(json),
+        Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),
     };

@@ -42,6 +42,8 @@ pub struct Config {
     pub scheduler: Scheduler,
     /// What other nodes are offered.
     pub network: Network,
+    /// The keys of accounts, which own money on a chain.
+    pub keys: Keys,
     /// Where plugins come from, and which are trusted.
     pub plugins: Plugins,
     /// The plugins that the node starts, one table each.
@@ -168,6 +170,19 @@ impl Default for Network {
     fn default() -> Self {
         Self { price_input_wei_per_mtok: 0, price_output_wei_per_mtok: 0, sessions_per_peer: 16 }
     }
+}
+
+/// The keys of accounts, which own money on a chain; `fabstir-node keys` makes and lists them.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Keys {
+    /// The file with the password of the keys in its only line; nobody but its owner may read it. Left out, the terminal is asked. A
+    /// path; relative ones start at the file's folder.
+    ///
+    /// Example: `password_file = "/run/credentials/fabstir-node/password"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub password_file: Option<PathBuf>,
 }
 
 /// Which requests wait, and how many.

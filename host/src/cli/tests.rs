@@ -60,6 +60,10 @@ fn every_command_takes_json() {
     for line in [
         "run",
         "chat hi",
+        "keys new x",
+        "keys import x",
+        "keys list",
+        "keys show x",
         "plugin list",
         "plugin inspect x",
         "plugin check x",

@@ -150,6 +150,9 @@ impl Sources {
         };
         resolve("node.data_dir", &mut config.node.data_dir);
         resolve("plugins.trust.lock", &mut config.plugins.trust.lock);
+        if let Some(file) = &mut config.keys.password_file {
+            resolve("keys.password_file", file);
+        }
         for dir in &mut config.plugins.dirs {
             resolve("plugins.dirs", dir);
         }
