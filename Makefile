@@ -6,13 +6,15 @@ SHELL := /bin/bash
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
-PLUGINS := inference-echo inference-llama-cpp storage-disk transport-libp2p
+PLUGINS := chain-base inference-echo inference-llama-cpp storage-disk transport-libp2p
 # GPU backends for llama.cpp, built in: make run FEATURES=cuda
 FEATURES ?=
 comma := ,
 LLAMA_FEATURES := $(if $(FEATURES),--features $(subst $(comma),$(comma)inference-llama-cpp/,inference-llama-cpp/$(FEATURES)))
 
-.PHONY: help run build test bench clients check-rust build-packages test-packages nextest
+CONTRACTS := plugins/chain-base/contracts
+
+.PHONY: help run build test bench clients chain check-rust build-packages test-packages nextest
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -30,8 +32,9 @@ build: check-rust build-packages ## Builds the node and the plugins, and locks t
 	$(CARGO) build --release --package fabstir-host $(PLUGINS:%=--package %) $(LLAMA_FEATURES)
 	@$(BIN)/fabstir-node plugin lock $(foreach plugin,$(PLUGINS),$(BIN)/lib$(subst -,_,$(plugin)).so)
 
-test: build test-packages nextest clients ## Runs every test, against the built node and real plugins.
+test: build test-packages nextest clients chain ## Runs every test, against the built node and real plugins.
 	$(CARGO) build --release --package inference-faulty
+	npm test --prefix $(CONTRACTS)
 	$(CARGO) nextest run --cargo-profile release --workspace --exclude fabstir-benches
 	$(CARGO) test --release --doc --package fabstir-plugin-api
 	$(CARGO) check --release --package fabstir-benches --benches
@@ -41,6 +44,9 @@ bench: build ## Measures the plugin boundary and the speed of answers, beside th
 
 clients: test-packages ## Installs OpenAI's Python and Node clients for the tests.
 	tests/clients/setup.sh
+
+chain: test-packages ## Installs a development chain and the tools of the contracts, from npm.
+	npm ci --prefix $(CONTRACTS) --no-audit --no-fund
 
 check-rust:
 	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust 1.90 or newer from https://rustup.rs'; exit 1; }

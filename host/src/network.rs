@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::identity::NodeKey;
-use crate::routes::{Routes, TransportRoute};
+use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
 
 pub mod capability;
@@ -96,18 +96,18 @@ impl Network {
     /// One generation of one transport, until it goes or the node stops.
     async fn take_part(
         self: Arc<Self>,
-        route: Arc<TransportRoute>,
+        route: Arc<Route<dyn Transport>>,
         routes: watch::Receiver<Arc<Routes>>,
         stop: CancellationToken,
     ) {
         let gone = gone(routes.clone(), route.generation);
         let work = async {
             let peer = self.join(&route).await;
-            let sessions = self.clone().listen(&route.transport, session::PROTOCOL, {
+            let sessions = self.clone().listen(&route.client, session::PROTOCOL, {
                 let network = self.clone();
                 move |transport, arrival| network.clone().converse(transport, arrival)
             });
-            let questions = self.clone().listen(&route.transport, capability::PROTOCOL, {
+            let questions = self.clone().listen(&route.client, capability::PROTOCOL, {
                 let (network, peer) = (self.clone(), peer.clone());
                 move |transport, arrival| network.clone().answer(transport, arrival, peer.clone())
             });
@@ -121,10 +121,10 @@ impl Network {
     }
 
     /// Joins under the node's key, as often as it takes: the generation before may still hold the address.
-    async fn join(&self, route: &TransportRoute) -> PeerId {
+    async fn join(&self, route: &Route<dyn Transport>) -> PeerId {
         loop {
             let join = Join { secret_key: self.key.secret().to_vec(), role: Role::Node };
-            match route.transport.join(&Cx::new().with_timeout(Duration::from_secs(30)), join).await {
+            match route.client.join(&Cx::new().with_timeout(Duration::from_secs(30)), join).await {
                 Ok(peer) => {
                     let addresses = peer.addresses.join(" ");
                     tracing::info!(plugin = %route.plugin, peer = %peer.id, addresses, "Joined the network.");
@@ -229,14 +229,14 @@ impl Network {
     }
 
     /// Tells the network which models are here, whenever that changes; nothing more after `stop`.
-    async fn announce(&self, route: &TransportRoute, mut routes: watch::Receiver<Arc<Routes>>, stop: &CancellationToken) {
+    async fn announce(&self, route: &Route<dyn Transport>, mut routes: watch::Receiver<Arc<Routes>>, stop: &CancellationToken) {
         let cx = || Cx::new().with_timeout(Duration::from_secs(60));
         let mut announced: BTreeSet<Vec<u8>> = BTreeSet::new();
         loop {
             routes.borrow_and_update();
             let wanted = if stop.is_cancelled() { BTreeSet::new() } else { self.topics() };
             for topic in announced.clone().difference(&wanted) {
-                if route.transport.withdraw(&cx(), Topic(topic.clone())).await.is_ok() {
+                if route.client.withdraw(&cx(), Topic(topic.clone())).await.is_ok() {
                     announced.remove(topic);
                 }
             }
@@ -244,7 +244,7 @@ impl Network {
                 if announced.contains(topic) {
                     continue;
                 }
-                match route.transport.advertise(&cx(), Topic(topic.clone())).await {
+                match route.client.advertise(&cx(), Topic(topic.clone())).await {
                     Ok(()) => drop(announced.insert(topic.clone())),
                     Err(error) => {
                         tracing::warn!(plugin = %route.plugin, code = %error.code, %error, "A model was not announced.")

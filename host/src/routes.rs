@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::transport::Transport;
 use parking_lot::Mutex;
@@ -15,7 +16,9 @@ pub struct Routes {
     /// The plugins that take requests, best rank first.
     pub inference: Vec<Arc<InferenceRoute>>,
     /// The ways into a network, best rank first.
-    pub transport: Vec<Arc<TransportRoute>>,
+    pub transport: Vec<Arc<Route<dyn Transport>>>,
+    /// The ways to the market's contracts, best rank first.
+    pub chain: Vec<Arc<Route<dyn Chain>>>,
     /// The plugins that will, among them those that wait for their restart.
     pub starting: Vec<Starting>,
 }
@@ -47,12 +50,12 @@ impl InferenceRoute {
     }
 }
 
-/// One generation of a plugin that leads into a network.
-pub struct TransportRoute {
+/// One generation of a plugin of a kind whose calls nobody balances.
+pub struct Route<K: ?Sized> {
     pub plugin: String,
-    /// Counts the plugin's instances: each has to join anew.
+    /// Counts the plugin's instances: each has to be spoken to from the beginning.
     pub generation: u64,
-    pub transport: Arc<dyn Transport>,
+    pub client: Arc<K>,
 }
 
 /// A model that a route answers for.

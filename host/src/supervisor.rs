@@ -25,6 +25,7 @@ use crate::config::{Config, PluginEntry};
 use crate::loader::{LoadError, Loader};
 use crate::routes::{Routes, Starting};
 
+mod alone;
 mod board;
 mod budget;
 mod connection;
@@ -32,6 +33,7 @@ mod keeper;
 mod start;
 pub mod worker;
 
+pub use alone::{Alone, AloneError};
 pub use connection::{Connected, host_session};
 pub use start::isolation;
 

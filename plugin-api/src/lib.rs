@@ -65,6 +65,7 @@
 extern crate self as fabstir_plugin_api;
 
 pub mod abi;
+pub mod chain;
 pub mod context;
 pub mod error;
 pub mod frame;
@@ -90,6 +91,7 @@ pub mod prelude {
     pub use serde::{self, Deserialize, Serialize};
 
     pub use crate::abi::Blob;
+    pub use crate::chain::*;
     pub use crate::context::{Cx, Host};
     pub use crate::error::{Code, PluginError, Result};
     pub use crate::inference::*;

@@ -1,5 +1,6 @@
 //! The interfaces as they are published: `interfaces/*.json` may only grow.
 
+use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, breaking_changes};
 use fabstir_plugin_api::plugin::Plugin;
@@ -27,6 +28,11 @@ fn compare<I: Interface + ?Sized>() {
 #[test]
 fn the_plugin_interface_only_grows() {
     compare::<dyn Plugin>();
+}
+
+#[test]
+fn the_chain_interface_only_grows() {
+    compare::<dyn Chain>();
 }
 
 #[test]

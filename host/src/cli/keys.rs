@@ -71,7 +71,7 @@ enum Action {
 }
 
 #[derive(Debug, Args)]
-struct PasswordArgs {
+pub(super) struct PasswordArgs {
     /// A file with the password in its only line, which nobody else can read.
     ///
     /// Without it: the file that keys.password_file of the configuration names, else the terminal is asked.
@@ -186,7 +186,7 @@ impl PasswordArgs {
     }
 
     /// The password of a file that exists.
-    fn known(&self, config: &Config, file: &Path) -> Result<Password, Failure> {
+    pub(super) fn known(&self, config: &Config, file: &Path) -> Result<Password, Failure> {
         match self.of_file(config)? {
             Some(password) => Ok(password),
             None => Ok(Password::new(asked(&format!("Password of {}: ", file.display()), "password")?)?),

@@ -117,7 +117,7 @@ pub(super) fn threads() -> Result<tokio::runtime::Runtime, Failure> {
 }
 
 /// Runs a command's work on threads of its own.
-fn on_threads<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+pub(super) fn on_threads<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = threads()?;
     let result = runtime.block_on(work);
     runtime.shutdown_background();

@@ -5,16 +5,14 @@ use std::time::Duration;
 
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::PluginError;
-use fabstir_plugin_api::interface::Interface;
 use fabstir_plugin_api::transport::{Join, Role, Transport};
 use tempfile::TempDir;
 
-use crate::config::{Config, PluginEntry};
+use crate::config::Config;
 use crate::identity::{IdentityError, NodeKey};
-use crate::loader::{Loader, inspect};
-use crate::supervisor::{State, Supervisor};
+use crate::supervisor::{Alone, AloneError};
 
-/// How long the plugin may take to be ready.
+/// How long joining may take.
 const START: Duration = Duration::from_secs(60);
 /// How long a node may take to answer a dial.
 const DIAL: Duration = Duration::from_secs(10);
@@ -27,8 +25,8 @@ pub enum VisitError {
          use = \"transport-libp2p\"\n  enabled = false\n"
     )]
     NoTransport,
-    #[error("the plugin `{id}` did not start: {why}")]
-    Start { id: String, why: String },
+    #[error(transparent)]
+    Start(AloneError),
     #[error(transparent)]
     Key(IdentityError),
     #[error("the network cannot be joined: {0}")]
@@ -41,7 +39,7 @@ pub enum VisitError {
 
 /// A visit to the network.
 pub struct Visit {
-    supervisor: Supervisor,
+    plugin: Alone<dyn Transport>,
     pub transport: Arc<dyn Transport>,
     /// The plugin's state goes with the visit: that of a node that runs beside it stays its own.
     _folder: TempDir,
@@ -57,15 +55,11 @@ impl Visit {
         let folder = tempfile::Builder::new().prefix("fabstir-visit-").tempdir().map_err(VisitError::Folder)?;
         let mut config = config.clone();
         config.node.data_dir = folder.path().to_owned();
-        // Whoever visits is not waited for.
-        config.node.drain_timeout_ms = 1000;
-        let entry = transport_entry(&config).ok_or(VisitError::NoTransport)?;
-        let id = entry.id.clone();
-        config.plugin = vec![PluginEntry { enabled: true, ..entry }];
-        let supervisor = Supervisor::new(config);
-        supervisor.start();
-        let transport = ready(&supervisor, &id).await?;
-        let visit = Self { supervisor, transport, _folder: folder };
+        let plugin = Alone::start(config, |routes| &routes.transport).await.map_err(|error| match error {
+            AloneError::None { .. } => VisitError::NoTransport,
+            AloneError::Start { .. } => VisitError::Start(error),
+        })?;
+        let visit = Self { transport: plugin.client.clone(), plugin, _folder: folder };
         let key = NodeKey::ephemeral().map_err(VisitError::Key)?;
         let join = Join { secret_key: key.secret().to_vec(), role: Role::Visitor };
         visit.transport.join(&Cx::new().with_timeout(START), join).await.map_err(VisitError::Join)?;
@@ -90,39 +84,6 @@ impl Visit {
     }
 
     pub async fn end(self) {
-        self.supervisor.shutdown().await;
-    }
-}
-
-/// The entry of the best rank whose plugin is a transport.
-fn transport_entry(config: &Config) -> Option<PluginEntry> {
-    let loader = Loader::new(config);
-    let is_transport = |entry: &&PluginEntry| {
-        let manifest = loader.find(&entry.use_).and_then(|file| inspect(&file));
-        manifest
-            .is_ok_and(|manifest| manifest.provides.iter().any(|provided| provided.kind == <dyn Transport as Interface>::KIND))
-    };
-    config.plugin.iter().filter(is_transport).max_by_key(|entry| (entry.enabled, entry.rank)).cloned()
-}
-
-async fn ready(supervisor: &Supervisor, id: &str) -> Result<Arc<dyn Transport>, VisitError> {
-    let mut routes = supervisor.subscribe();
-    let wait = async {
-        loop {
-            if let Some(route) = routes.borrow_and_update().transport.first() {
-                return Ok(route.transport.clone());
-            }
-            for status in supervisor.status() {
-                if let State::Quarantined { why } | State::Restarting { why, .. } = status.state {
-                    return Err(VisitError::Start { id: id.to_owned(), why });
-                }
-            }
-            // The supervisor lives as long as the visit.
-            let _ = routes.changed().await;
-        }
-    };
-    match tokio::time::timeout(START, wait).await {
-        Ok(ready) => ready,
-        Err(_) => Err(VisitError::Start { id: id.to_owned(), why: format!("it was not ready within {} s", START.as_secs()) }),
+        self.plugin.end().await;
     }
 }

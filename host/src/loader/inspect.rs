@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, is_compatible};
 use fabstir_plugin_api::manifest::{FORMAT, Manifest, PORT_VERSION, SECTION, SECTION_MACHO};
@@ -16,8 +17,9 @@ use super::error::{LoadError, Step};
 const MAX_FILE: u64 = 4 << 30;
 
 /// The kinds that this node speaks, with the version of each.
-pub fn supported_interfaces() -> [(&'static str, &'static str); 3] {
+pub fn supported_interfaces() -> [(&'static str, &'static str); 4] {
     [
+        (<dyn Chain as Interface>::KIND, <dyn Chain as Interface>::VERSION),
         (<dyn Inference as Interface>::KIND, <dyn Inference as Interface>::VERSION),
         (<dyn Storage as Interface>::KIND, <dyn Storage as Interface>::VERSION),
         (<dyn Transport as Interface>::KIND, <dyn Transport as Interface>::VERSION),

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use fabstir_plugin_api::chain::Chain;
+use fabstir_plugin_api::transport::Transport;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::start::Running;
 use super::{Connected, State, Status};
 use crate::config::PluginEntry;
-use crate::routes::{InferenceRoute, Routes, Starting, TransportRoute};
+use crate::routes::{InferenceRoute, Route, Routes, Starting};
 
 pub(super) struct Board {
     posts: Mutex<BTreeMap<String, Post>>,
@@ -26,7 +28,8 @@ struct Post {
     status: Status,
     rank: i32,
     route: Option<Arc<InferenceRoute>>,
-    transport: Option<Arc<TransportRoute>>,
+    transport: Option<Arc<Route<dyn Transport>>>,
+    chain: Option<Arc<Route<dyn Chain>>>,
     connected: Option<Arc<Connected>>,
 }
 
@@ -64,6 +67,7 @@ impl Board {
             post.status.generation = running.generation;
             post.route = running.route.clone();
             post.transport = running.transport.clone();
+            post.chain = running.chain.clone();
             post.connected = Some(running.connected.clone());
         });
     }
@@ -74,6 +78,7 @@ impl Board {
             post.status.state = state;
             post.route = None;
             post.transport = None;
+            post.chain = None;
             post.connected = None;
         });
     }
@@ -91,6 +96,7 @@ impl Board {
             rank: entry.rank,
             route: None,
             transport: None,
+            chain: None,
             connected: None,
         });
         post.rank = entry.rank;
@@ -102,7 +108,8 @@ impl Board {
     fn announce(&self, posts: &BTreeMap<String, Post>) {
         let inference = ranked(posts, |post| post.route.as_ref());
         let transport = ranked(posts, |post| post.transport.as_ref());
+        let chain = ranked(posts, |post| post.chain.as_ref());
         let starting = posts.values().filter_map(|post| Option::<Starting>::from(&post.status)).collect();
-        self.routes.send_replace(Arc::new(Routes { inference, transport, starting }));
+        self.routes.send_replace(Arc::new(Routes { inference, transport, chain, starting }));
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::inference::Inference;
@@ -14,7 +15,7 @@ use fabstir_plugin_api::transport::Transport;
 use super::{Connected, Shared, State};
 use crate::config::{Isolation, LogLevels, PluginEntry};
 use crate::loader::{Artifact, LoadError, Step};
-use crate::routes::{InFlight, InferenceRoute, ServedModel, TransportRoute};
+use crate::routes::{InFlight, InferenceRoute, Route, ServedModel};
 
 /// A generation that works.
 pub(super) struct Running {
@@ -22,7 +23,8 @@ pub(super) struct Running {
     pub connected: Arc<Connected>,
     pub in_flight: Arc<InFlight>,
     pub route: Option<Arc<InferenceRoute>>,
-    pub transport: Option<Arc<TransportRoute>>,
+    pub transport: Option<Arc<Route<dyn Transport>>>,
+    pub chain: Option<Arc<Route<dyn Chain>>>,
     /// Kept, so that a restart needs no second check of the file.
     pub artifact: Artifact,
     degraded: Option<String>,
@@ -128,11 +130,9 @@ impl Shared {
         match prepared {
             Ok((route, in_flight, generation, degraded)) => {
                 drop(suspect);
-                let transport = provides::<dyn Transport>(&artifact.manifest).then(|| {
-                    let transport = <dyn Transport as Interface>::client(connected.session.clone());
-                    Arc::new(TransportRoute { plugin: entry.id.clone(), generation, transport })
-                });
-                Ok(Running { generation, connected, in_flight, route, transport, artifact: artifact.clone(), degraded })
+                let transport = way::<dyn Transport>(entry, artifact, &connected, generation);
+                let chain = way::<dyn Chain>(entry, artifact, &connected, generation);
+                Ok(Running { generation, connected, in_flight, route, transport, chain, artifact: artifact.clone(), degraded })
             }
             Err(error) => {
                 connected.end("the plugin did not start", Duration::from_secs(1)).await;
@@ -202,6 +202,17 @@ impl Shared {
         let route = InferenceRoute { plugin: entry.id.clone(), generation, models, inference, in_flight: in_flight.clone() };
         Ok((Some(Arc::new(route)), in_flight, generation, degraded))
     }
+}
+
+/// The way to a kind whose calls nobody balances, where the plugin provides it.
+fn way<K: Interface + ?Sized>(
+    entry: &PluginEntry,
+    artifact: &Artifact,
+    connected: &Connected,
+    generation: u64,
+) -> Option<Arc<Route<K>>> {
+    provides::<K>(&artifact.manifest)
+        .then(|| Arc::new(Route { plugin: entry.id.clone(), generation, client: K::client(connected.session.clone()) }))
 }
 
 fn provides<K: Interface + ?Sized>(manifest: &Manifest) -> bool {

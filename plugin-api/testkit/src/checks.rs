@@ -8,6 +8,7 @@ use anyhow::Result;
 use crate::harness::Harness;
 use crate::report::Outcome;
 
+mod chain;
 mod inference;
 mod lifecycle;
 mod storage;
@@ -39,6 +40,7 @@ macro_rules! check {
     };
 }
 
+const CHAIN: Option<&str> = Some("chain");
 const INFERENCE: Option<&str> = Some("inference");
 const STORAGE: Option<&str> = Some("storage");
 const TRANSPORT: Option<&str> = Some("transport");
@@ -128,6 +130,91 @@ pub(crate) static CHECKS: &[Check] = &[
         lifecycle::thousand_starts_without_growth,
         "A thousand instances, started and ended, leave no memory, thread or file behind.",
         5
+    ),
+    check!(
+        CHAIN,
+        "network-is-configured",
+        chain::network_is_configured,
+        "Which chain it is, what is signed and who has signed it need no chain to be there."
+    ),
+    check!(
+        CHAIN,
+        "unreachable-is-an-error",
+        chain::unreachable_is_an_error,
+        "What cannot be read is `Unavailable` in time; what is ordered then waits."
+    ),
+    check!(
+        CHAIN,
+        "payload-binds-every-field",
+        chain::payload_binds_every_field,
+        "What is signed changes with each field, and has no room for what a contract cannot hold."
+    ),
+    check!(
+        CHAIN,
+        "signer-is-recovered",
+        chain::signer_is_recovered,
+        "A signature leads to who made it over these bytes; what is no signature is refused."
+    ),
+    check!(
+        CHAIN,
+        "one-account-at-a-time",
+        chain::one_account_at_a_time,
+        "One account is acted for, by one process, until its stream is dropped."
+    ),
+    check!(
+        CHAIN,
+        "unknown-is-not-found",
+        chain::unknown_is_not_found,
+        "A job, a session or an order that never was is `NotFound`."
+    ),
+    check!(
+        CHAIN,
+        "order-is-carried-out",
+        chain::order_is_carried_out,
+        "An order comes into a block, is told and read back, and costs what it says.",
+        2
+    ),
+    check!(
+        CHAIN,
+        "same-key-is-one-order",
+        chain::same_key_is_one_order,
+        "What is ordered twice under one key is carried out once.",
+        2
+    ),
+    check!(
+        CHAIN,
+        "order-survives-restart",
+        chain::order_survives_restart,
+        "An order outlives its instance at every step, and is still carried out once.",
+        3
+    ),
+    check!(CHAIN, "refusal-is-final", chain::refusal_is_final, "What is not signed is not sent, and holds up nothing after it."),
+    check!(
+        CHAIN,
+        "wrong-signature-is-refused",
+        chain::wrong_signature_is_refused,
+        "A signature that is not the account's is refused, and the order waits for the right one."
+    ),
+    check!(
+        CHAIN,
+        "revert-is-told",
+        chain::revert_is_told,
+        "What the contract refuses is quoted as refused, and never told as carried out.",
+        2
+    ),
+    check!(
+        CHAIN,
+        "vouchers-are-paid",
+        chain::vouchers_are_paid,
+        "The contract takes what node and client sign, pays once what is promised, and returns the rest.",
+        2
+    ),
+    check!(
+        CHAIN,
+        "events-resume",
+        chain::events_resume,
+        "From any cursor, the events that followed come again, in order and without a gap.",
+        2
     ),
     check!(
         INFERENCE,
@@ -271,6 +358,9 @@ pub(crate) static CHECKS: &[Check] = &[
 
 /// A small call of each kind that the plugin provides, for checks whose promise is not about a kind.
 async fn exercise(harness: &Harness, instance: &crate::harness::Instance) -> Result<()> {
+    if harness.provides("chain") {
+        chain::exercise(instance).await?;
+    }
     if harness.provides("inference") {
         inference::exercise(instance).await?;
     }

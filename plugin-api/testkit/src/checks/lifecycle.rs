@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use fabstir_plugin_api::abi::Frame;
+use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::frame::{Kind, Writer};
@@ -14,7 +15,7 @@ use fabstir_plugin_api::plugin::Plugin;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 
-use super::{exercise, inference, storage, transport};
+use super::{chain, exercise, inference, storage, transport};
 use crate::harness::{During, Harness, Instance, refused, told};
 use crate::process;
 use crate::report::Outcome;
@@ -24,7 +25,7 @@ fn known(kind: &str) -> Option<(&'static str, &'static [Method])> {
     fn of<K: Interface + ?Sized>() -> (&'static str, (&'static str, &'static [Method])) {
         (K::KIND, (K::VERSION, K::METHODS))
     }
-    let known = [of::<dyn Inference>(), of::<dyn Storage>(), of::<dyn Transport>()];
+    let known = [of::<dyn Chain>(), of::<dyn Inference>(), of::<dyn Storage>(), of::<dyn Transport>()];
     known.into_iter().find(|(name, _)| *name == kind).map(|(_, interface)| interface)
 }
 
@@ -118,6 +119,7 @@ pub async fn declared_methods_work(harness: &Harness) -> Result<Outcome> {
     for provided in &harness.manifest.provides {
         match provided.kind.as_str() {
             "inference" => inference::optional_methods(&instance, &provided.methods).await?,
+            "chain" => chain::exercise(&instance).await?,
             "storage" => storage::exercise(&instance).await?,
             "transport" => transport::exercise(harness, &instance).await?,
             kind => unchecked.push(kind),
@@ -246,6 +248,9 @@ pub async fn hundred_concurrent_calls(harness: &Harness) -> Result<Outcome> {
         }
     });
     futures::future::try_join_all(pings).await?;
+    if harness.provides("chain") {
+        chain::hundred(&instance).await?;
+    }
     if harness.provides("inference") {
         inference::hundred(&instance).await?;
     }
@@ -340,6 +345,7 @@ fn declared(harness: &Harness) -> Vec<(String, bool)> {
 fn takes_arguments(method: &str) -> bool {
     let (kind, name) = method.split_once('.').unwrap_or((method, ""));
     let interface = match kind {
+        "chain" => <dyn Chain as Interface>::describe(),
         "inference" => <dyn Inference as Interface>::describe(),
         "storage" => <dyn Storage as Interface>::describe(),
         "transport" => <dyn Transport as Interface>::describe(),
