@@ -15,6 +15,7 @@ mod chat;
 mod config;
 mod keys;
 mod log;
+mod market;
 mod network;
 mod plugin;
 mod run;
@@ -54,6 +55,7 @@ enum Command {
     Find(network::Find),
     Peers(network::Peers),
     Connect(network::Connect),
+    Market(market::Market),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -180,6 +182,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Find(find) => find.execute(json),
         Command::Peers(peers) => peers.execute(json),
         Command::Connect(connect) => connect.execute(json),
+        Command::Market(market) => market.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -44,6 +44,8 @@ pub struct Config {
     pub network: Network,
     /// The keys of accounts, which own money on a chain.
     pub keys: Keys,
+    /// What this node does in the market's contracts.
+    pub market: Market,
     /// Where plugins come from, and which are trusted.
     pub plugins: Plugins,
     /// The plugins that the node starts, one table each.
@@ -185,6 +187,33 @@ pub struct Keys {
     pub password_file: Option<PathBuf>,
 }
 
+/// What this node does in the market's contracts, through a plugin of the kind chain; `fabstir-node market` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Market {
+    /// The name of the account key to act with, as `fabstir-node keys list` shows it.
+    ///
+    /// Example: `key = "hot"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// The most that the fees of one transaction can come to, in wei. What costs more is not signed. The default is 0.005 ETH.
+    ///
+    /// Default: `5000000000000000`.
+    /// Example: `max_fee_wei = 1000000000000000`.
+    pub max_fee_wei: u64,
+    /// The most that the fees of one day can come to, in wei, counted from the last start. The default is 0.05 ETH.
+    ///
+    /// Default: `50000000000000000`.
+    /// Example: `daily_fee_wei = 10000000000000000`.
+    pub daily_fee_wei: u64,
+}
+
+impl Default for Market {
+    fn default() -> Self {
+        Self { key: None, max_fee_wei: 5_000_000_000_000_000, daily_fee_wei: 50_000_000_000_000_000 }
+    }
+}
+
 /// Which requests wait, and how many.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -298,7 +327,7 @@ pub struct PluginEntry {
     #[serde(default = "yes")]
     pub enabled: bool,
     /// Where it runs. `"process"`: in a process of its own, so that its crash ends nothing else. `"in-process"`: in the node.
-    /// Left out, inference runs in a process, transport and storage in the node.
+    /// Left out, inference runs in a process, the other kinds in the node.
     ///
     /// Example: `isolation = "in-process"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -2,6 +2,7 @@
 //!
 //! The host knows no backend. It loads plugins ([`loader`]), keeps them alive ([`supervisor`]), and brings requests to them: of clients
 //! ([`gateway`]) and of other nodes ([`network`]). [`consumer`] is the other side, which asks other nodes.
+//! [`market`] is the money.
 
 pub mod cli;
 pub mod config;
@@ -9,6 +10,7 @@ pub mod consumer;
 pub mod gateway;
 pub mod identity;
 pub mod loader;
+pub mod market;
 pub mod network;
 pub mod node;
 pub mod routes;

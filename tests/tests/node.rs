@@ -14,6 +14,8 @@ mod keys;
 mod load;
 #[path = "node/loading.rs"]
 mod loading;
+#[path = "node/market.rs"]
+mod market;
 #[path = "node/network.rs"]
 mod network;
 #[path = "node/serving.rs"]

@@ -1,0 +1,263 @@
+//! `fabstir-node market`: this node's account in the market's contracts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use fabstir_plugin_api::chain::{Act, Amount, Balances, Progress};
+use fabstir_plugin_api::context::Cx;
+use serde_json::json;
+
+use super::keys::PasswordArgs;
+use super::network::on_threads;
+use super::{ConfigArgs, Failure, log, print, table};
+use crate::config::Config;
+use crate::identity::{Keyring, NodeKey};
+use crate::market::{self, Desk, DeskError, Limits, coins};
+use crate::supervisor::{Alone, AloneError};
+
+/// The chain's own coin, where a coin is named.
+const NATIVE: &str = "0x0000000000000000000000000000000000000000";
+
+/// Shows and changes what this node has in the market's contracts.
+///
+/// It acts through the chain plugin of the configuration, with the account key that market.key names. Every order is on disk before it is
+/// sent: a command that was cut off is given again, and nothing is done twice. While a node runs with the same account, it is the node
+/// that acts, and these commands say so.
+#[derive(Debug, Args)]
+pub struct Market {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Shows the account, what it has and what the market holds for it.
+    Status(Shared),
+    /// Makes the account a node of the market: a stake, and where its earnings go.
+    ///
+    /// The payout account needs no key on this machine, and only its owner can change it later: who steals the key of this node cannot
+    /// take what was earned.
+    Register {
+        /// What is put down, as in 0.05eth. It comes back after `exit`.
+        #[arg(long, value_name = "AMOUNT", value_parser = amount)]
+        stake: Amount,
+        /// The account that is paid what this node earns, and gets the stake back.
+        #[arg(long, value_name = "ACCOUNT")]
+        payout: String,
+        #[command(flatten)]
+        shared: Shared,
+    },
+    /// Ends being a node of the market.
+    ///
+    /// Nothing more can be claimed. After the contract's delay, `exit` again frees the stake for the payout account.
+    Exit(Shared),
+    /// Fetches what the market owes this account.
+    Withdraw {
+        /// Where it goes. Left out, to the account itself.
+        #[arg(long, value_name = "ACCOUNT")]
+        to: Option<String>,
+        #[command(flatten)]
+        shared: Shared,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Shared {
+    /// The key to act with, instead of market.key of the configuration.
+    #[arg(long, value_name = "NAME")]
+    key: Option<String>,
+
+    /// How long to wait for the chain, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    wait: u64,
+
+    /// What is logged, to standard error.
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    log: String,
+
+    #[command(flatten)]
+    password: PasswordArgs,
+
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+fn amount(text: &str) -> Result<Amount, String> {
+    market::parse(text).map_err(|error| error.to_string())
+}
+
+impl From<AloneError> for Failure {
+    fn from(error: AloneError) -> Self {
+        match &error {
+            AloneError::None { .. } => Failure::new(
+                Failure::CONFIG,
+                "no_chain",
+                format!("{error}: add an entry with use = \"chain-base\" to plugins.toml, as its last lines show"),
+            ),
+            AloneError::Start { .. } => Failure::new(Failure::FAILED, "plugin", error),
+        }
+    }
+}
+
+impl From<DeskError> for Failure {
+    fn from(error: DeskError) -> Self {
+        let code = match &error {
+            DeskError::Plugin(error) if error.code == fabstir_plugin_api::error::Code::Unavailable => {
+                return Failure::new(Failure::UNREACHABLE, "unreachable", error);
+            }
+            DeskError::Plugin(_) => "plugin",
+            DeskError::Network(_) => "network",
+            DeskError::Refused(_) => "refused",
+            DeskError::Reverted { .. } => "reverted",
+            DeskError::Dead { .. } => "dead",
+            DeskError::Pending { .. } => "pending",
+        };
+        Failure::new(Failure::FAILED, code, error)
+    }
+}
+
+impl Market {
+    pub fn execute(self, json: bool) -> Result<(), Failure> {
+        match self.action {
+            Action::Status(shared) => status(&shared, json),
+            Action::Register { stake, payout, shared } => {
+                let config = shared.prepare(json)?;
+                let key = NodeKey::load_or_create(&config.node.data_dir.join("identity"))
+                    .map_err(|error| Failure::new(Failure::FAILED, "identity", error))?;
+                // The network knows it by this key, whatever the transport calls it.
+                let peer = hex::encode(key.public_key());
+                shared.order(&config, "register", |_, _| Ok(Act::Register { payout, peer, stake }), stake, json)
+            }
+            Action::Exit(shared) => {
+                let config = shared.prepare(json)?;
+                shared.order(&config, "exit", |_, balances| exit(balances), Amount(0), json)
+            }
+            Action::Withdraw { to, shared } => {
+                let config = shared.prepare(json)?;
+                let withdraw = |account: &str, balances: &Balances| withdraw(account, balances, to);
+                shared.order(&config, "withdraw", withdraw, Amount(0), json)
+            }
+        }
+    }
+}
+
+fn exit(balances: &Balances) -> Result<Act, Failure> {
+    match (&balances.payout, balances.exits_at_s) {
+        (None, _) => Err(Failure::new(Failure::FAILED, "no_node", "this account is no node of the market: nothing to end")),
+        (Some(_), None) => Ok(Act::BeginExit),
+        (Some(_), Some(_)) => Ok(Act::FinishExit),
+    }
+}
+
+fn withdraw(account: &str, balances: &Balances, to: Option<String>) -> Result<Act, Failure> {
+    let to = to.unwrap_or_else(|| account.to_owned());
+    match (balances.credit.0, balances.returned.0) {
+        (0, 0) => Err(Failure::new(Failure::FAILED, "nothing", "the market owes this account nothing")),
+        (0, _) => Ok(Act::WithdrawStake { to }),
+        _ => Ok(Act::Withdraw { coin: NATIVE.into(), to }),
+    }
+}
+
+impl Shared {
+    fn prepare(&self, json: bool) -> Result<Config, Failure> {
+        let config = self.config.load()?.config;
+        log::start(&self.log, json)?;
+        Ok(config)
+    }
+
+    fn name<'a>(&'a self, config: &'a Config) -> Result<&'a str, Failure> {
+        self.key.as_deref().or(config.market.key.as_deref()).ok_or_else(|| {
+            let message = "no account: make a key with `fabstir-node keys new NAME`, and name it with --key or market.key";
+            Failure::new(Failure::CONFIG, "no_account", message)
+        })
+    }
+
+    /// Starts the plugin, orders one act and tells what came of it.
+    fn order(
+        &self,
+        config: &Config,
+        name: &str,
+        act: impl FnOnce(&str, &Balances) -> Result<Act, Failure>,
+        most: Amount,
+        json: bool,
+    ) -> Result<(), Failure> {
+        let key = self.name(config)?;
+        let path: PathBuf = Keyring::of(&config.node.data_dir).find(key)?.path;
+        let password = self.password.known(config, &path)?;
+        let account = Keyring::of(&config.node.data_dir).open(key, &password)?;
+        let limits = Limits {
+            value_wei: most.0,
+            fee_wei: config.market.max_fee_wei.into(),
+            daily_fee_wei: config.market.daily_fee_wei.into(),
+        };
+        let (progress, coin) = on_threads(async {
+            let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
+            let done = async {
+                let desk = Desk::begin(plugin.client.clone(), account, limits).await?;
+                let balances = plugin.client.balances(&cx(), desk.account.clone()).await.map_err(DeskError::from)?;
+                let act = act(&desk.account, &balances)?;
+                desk.quote(act.clone()).await?;
+                let progress = desk.carry_out(name, act, Duration::from_secs(self.wait)).await?;
+                Ok((progress, desk.network.coin.clone()))
+            };
+            let done: Result<_, Failure> = done.await;
+            plugin.end().await;
+            done
+        })?;
+        let Progress { transaction, block, fee, .. } = &progress;
+        let text = format!(
+            "done in block {}, transaction {}, fee {}",
+            block.map_or("?".into(), |block| block.to_string()),
+            transaction.as_deref().unwrap_or("?"),
+            fee.map_or("unknown".into(), |fee| coins(fee, &coin)),
+        );
+        Ok(print(json, &json!(progress), text)?)
+    }
+}
+
+fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
+    let config = shared.prepare(json)?;
+    let name = shared.name(&config)?;
+    let entry = Keyring::of(&config.node.data_dir).find(name)?;
+    let address = match entry.address {
+        Some(address) => address.to_string(),
+        // Some programs leave the address out of the file.
+        None => {
+            let password = shared.password.known(&config, &entry.path)?;
+            Keyring::of(&config.node.data_dir).open(name, &password)?.address().to_string()
+        }
+    };
+    let (network, heads, balances) = on_threads(async {
+        let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
+        let chain = plugin.client.clone();
+        let read = async {
+            let network = chain.network(&cx()).await?;
+            let heads = chain.heads(&cx()).await?;
+            let balances = chain.balances(&cx(), address.clone()).await?;
+            Ok::<_, DeskError>((network, heads, balances))
+        };
+        let read = read.await;
+        plugin.end().await;
+        Ok(read?)
+    })?;
+    let shown = |amount: Amount| coins(amount, &network.coin);
+    let node = match (&balances.payout, balances.exits_at_s) {
+        (None, _) => "no node of the market".to_owned(),
+        (Some(payout), None) => format!("a node, which pays out to {payout}"),
+        (Some(payout), Some(at)) => format!("a node that leaves at {at} (Unix time), and pays out to {payout}"),
+    };
+    let rows = [
+        ["account".into(), format!("{address} ({name}), {node}")],
+        ["chain".into(), format!("{}, block {}", network.chain, heads.latest.number)],
+        ["has".into(), shown(balances.coin)],
+        ["credit".into(), shown(Amount(balances.credit.0 + balances.returned.0))],
+        ["stake".into(), format!("{}, of which {} stand for jobs", shown(balances.stake), shown(balances.bonded))],
+    ];
+    let value = json!({ "account": address, "key": name, "network": network, "heads": heads, "balances": balances });
+    Ok(print(json, &value, table(&rows))?)
+}
+
+fn cx() -> Cx {
+    Cx::new().with_timeout(Duration::from_secs(30))
+}
