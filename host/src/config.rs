@@ -150,12 +150,12 @@ impl Default for Gateway {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Network {
-    /// What a million tokens of a prompt cost, in wei. Said to others, who choose by it; nothing is charged yet.
+    /// What a million tokens of a prompt cost, in wei. Others choose by it. Charged where `market.key` is set.
     ///
     /// Default: `0`.
     /// Example: `price_input_wei_per_mtok = 40000000000000`.
     pub price_input_wei_per_mtok: u64,
-    /// What a million tokens of an answer cost, in wei. Said to others, who choose by it; nothing is charged yet.
+    /// What a million tokens of an answer cost, in wei. Others choose by it. Charged where `market.key` is set.
     ///
     /// Default: `0`.
     /// Example: `price_output_wei_per_mtok = 120000000000000`.
@@ -206,11 +206,62 @@ pub struct Market {
     /// Default: `50000000000000000`.
     /// Example: `daily_fee_wei = 10000000000000000`.
     pub daily_fee_wei: u64,
+    /// How many tokens of an answer a client is given ahead of its vouchers: the most that one who does not pay takes along.
+    ///
+    /// Default: `256`.
+    /// Example: `credit_tokens = 64`.
+    #[schemars(range(min = 1))]
+    pub credit_tokens: u32,
+    /// How long a paid session lasts at most. Seconds, from 60 to 30 days.
+    ///
+    /// Default: `86400`.
+    /// Example: `session_s = 3600`.
+    #[schemars(range(min = 60, max = 2592000))]
+    pub session_s: u64,
+    /// How long after the end of a paid session vouchers can still be handed in. Seconds, from 10 to 30 days. What a node that is down for
+    /// longer has not handed in is lost.
+    ///
+    /// Default: `3600`.
+    /// Example: `settle_window_s = 86400`.
+    #[schemars(range(min = 10, max = 2592000))]
+    pub settle_window_s: u64,
+    /// How long a paid session may be unused before it is settled. Seconds.
+    ///
+    /// Default: `600`.
+    /// Example: `idle_settle_s = 60`.
+    pub idle_settle_s: u64,
+    /// From this amount on, in wei, a deposit or a posted job counts only once its block is safe; below it, the newest block is enough. The
+    /// default is 0.01 ETH.
+    ///
+    /// Default: `10000000000000000`.
+    /// Example: `sure_above_wei = 1000000000000000`.
+    pub sure_above_wei: u64,
+    /// How many posted jobs are worked on at a time; 0 takes none. They wait for the same slots as other requests.
+    ///
+    /// Default: `1`.
+    /// Example: `jobs = 4`.
+    pub jobs: u32,
+    /// The largest bond that is put up for a posted job, in wei: what being late costs. The default is 0.01 ETH.
+    ///
+    /// Default: `10000000000000000`.
+    /// Example: `max_bond_wei = 1000000000000000`.
+    pub max_bond_wei: u64,
 }
 
 impl Default for Market {
     fn default() -> Self {
-        Self { key: None, max_fee_wei: 5_000_000_000_000_000, daily_fee_wei: 50_000_000_000_000_000 }
+        Self {
+            key: None,
+            max_fee_wei: 5_000_000_000_000_000,
+            daily_fee_wei: 50_000_000_000_000_000,
+            credit_tokens: 256,
+            session_s: 86_400,
+            settle_window_s: 3600,
+            idle_settle_s: 600,
+            sure_above_wei: 10_000_000_000_000_000,
+            jobs: 1,
+            max_bond_wei: 10_000_000_000_000_000,
+        }
     }
 }
 

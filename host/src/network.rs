@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::identity::NodeKey;
+use crate::market::Seller;
 use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
 
@@ -55,12 +56,14 @@ pub struct Network {
     scheduler: Arc<Scheduler>,
     sessions: Sessions,
     open_sessions: Gauge,
+    seller: Option<Arc<Seller>>,
 }
 
 impl Network {
-    pub fn new(config: config::Network, key: NodeKey, scheduler: Arc<Scheduler>) -> Arc<Self> {
+    /// With a seller, prices are charged.
+    pub fn new(config: config::Network, key: NodeKey, scheduler: Arc<Scheduler>, seller: Option<Arc<Seller>>) -> Arc<Self> {
         let sessions = Sessions::new(scheduler.clone(), config.sessions_per_peer);
-        Arc::new(Self { config, key: Arc::new(key), scheduler, sessions, open_sessions: Gauge::default() })
+        Arc::new(Self { config, key: Arc::new(key), scheduler, sessions, open_sessions: Gauge::default(), seller })
     }
 
     /// Shows its metrics in `registry`.
@@ -128,6 +131,10 @@ impl Network {
                 Ok(peer) => {
                     let addresses = peer.addresses.join(" ");
                     tracing::info!(plugin = %route.plugin, peer = %peer.id, addresses, "Joined the network.");
+                    if let Some(seller) = &self.seller {
+                        // The same every time: it is made from the node's key.
+                        let _ = seller.peer.set(peer.id.clone());
+                    }
                     return peer.id;
                 }
                 Err(error) => {

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -11,6 +12,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::config::{Config, Problems};
 use crate::gateway::{self, ServeError};
 use crate::identity::{IdentityError, NodeKey};
+use crate::market::{Seller, SellerError};
 use crate::network::Network;
 use crate::scheduler::Scheduler;
 use crate::supervisor::Supervisor;
@@ -22,6 +24,8 @@ pub enum NodeError {
     DataDir { folder: std::path::PathBuf, error: std::io::Error },
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Market(#[from] SellerError),
     #[error(transparent)]
     Gateway(#[from] ServeError),
     #[error("signals cannot be received: {0}")]
@@ -43,7 +47,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
 
     let drain = Duration::from_millis(config.node.drain_timeout_ms);
     let supervisor = Supervisor::new(config.clone());
-    let scheduler = Scheduler::new(config.scheduler, supervisor.subscribe());
+    let scheduler = Scheduler::new(config.scheduler.clone(), supervisor.subscribe());
     let stop = CancellationToken::new();
     let plugins = supervisor.clone();
     let texts: gateway::PluginTexts = Arc::new(move || {
@@ -52,7 +56,8 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     });
     let metrics = gateway::Metrics::new(&scheduler, texts);
     let key = NodeKey::load_or_create(&config.node.data_dir.join("identity"))?;
-    let network = Network::new(config.network, key, scheduler.clone());
+    let seller = Seller::open(&config, scheduler.clone(), supervisor.subscribe())?;
+    let network = Network::new(config.network.clone(), key, scheduler.clone(), seller.clone());
     metrics.register(|registry| network.register(registry));
     let serving = gateway::serve(config.gateway, scheduler, metrics, stop.clone()).await?;
     // Plugins start once it is certain that the node can serve.
@@ -62,6 +67,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
         tracing::warn!(%error, "Nobody reads standard output.");
     }
     announce(&supervisor);
+    let market = seller.map(|seller| AbortOnDropHandle::new(tokio::spawn(seller.run(stop.clone()))));
     let peers = AbortOnDropHandle::new(tokio::spawn(network.run(supervisor.subscribe(), stop.clone())));
     let reloads = AbortOnDropHandle::new(tokio::spawn(reload_on(hangup, supervisor.clone(), reread)));
 
@@ -73,7 +79,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     tracing::info!("Draining: running requests may end, new ones are refused.");
     stop.cancel();
     let end = async {
-        let drained = async { tokio::join!(serving.task, peers) };
+        let drained = async { tokio::join!(serving.task, peers, OptionFuture::from(market)) };
         if tokio::time::timeout(drain, drained).await.is_err() {
             tracing::warn!("Requests were cut off: their time to end was over.");
         }

@@ -13,11 +13,8 @@ use super::network::on_threads;
 use super::{ConfigArgs, Failure, log, print, table};
 use crate::config::Config;
 use crate::identity::{Keyring, NodeKey};
-use crate::market::{self, Desk, DeskError, Limits, coins};
+use crate::market::{self, Desk, DeskError, Limits, NATIVE, coins};
 use crate::supervisor::{Alone, AloneError};
-
-/// The chain's own coin, where a coin is named.
-const NATIVE: &str = "0x0000000000000000000000000000000000000000";
 
 /// Shows and changes what this node has in the market's contracts.
 ///
@@ -107,6 +104,7 @@ impl From<DeskError> for Failure {
                 return Failure::new(Failure::UNREACHABLE, "unreachable", error);
             }
             DeskError::Plugin(_) => "plugin",
+            DeskError::Unsigned(_) => "unsigned",
             DeskError::Network(_) => "network",
             DeskError::Refused(_) => "refused",
             DeskError::Reverted { .. } => "reverted",

@@ -78,7 +78,7 @@ impl Link {
         let id = self.shared.ids.fetch_add(1, Ordering::Relaxed);
         // Told before anything is sent, and in the words that the client will read.
         let timeout_ms = timeout.as_millis() as u64;
-        let ask = Ask::Infer { id, request: Box::new(request), window: WINDOW, timeout_ms };
+        let ask = Ask::Infer { id, request: Box::new(request), window: WINDOW, timeout_ms, paid_by: None };
         wire::encode(&ask)?;
         // Room for a whole window, so that the task that reads the connection never waits for one of its readers.
         let (pieces, answer) = Stream::channel(WINDOW as usize + 2);
@@ -184,7 +184,7 @@ impl Shared {
             Tell::Chunk { id, seq, chunk } => (id, seq, Ok(chunk)),
             Tell::Failed { id, seq, refusal } => (id, seq, Err(refusal)),
             Tell::Refused(refusal) => return Err(refusal),
-            Tell::Welcome { .. } | Tell::Resumed { .. } | Tell::Unknown => return Ok(()),
+            _ => return Ok(()),
         };
         let mut state = self.state.lock();
         // One that was given up in this moment, or a piece that came before the drop.

@@ -10,6 +10,7 @@
 //! Each has one encoding: bytes that another reader could take for something else are refused, not interpreted.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -72,7 +73,7 @@ impl From<Malformed> for Refusal {
 
 /// An account and what it may be asked for.
 pub struct Signer {
-    account: Account,
+    account: Arc<Account>,
     policy: Policy,
     today: Mutex<Day>,
 }
@@ -89,8 +90,8 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Signer {
     /// The day's fees begin at zero: whoever starts anew may spend them anew.
-    pub fn new(account: Account, policy: Policy) -> Signer {
-        Signer { account, policy, today: Mutex::default() }
+    pub fn new(account: impl Into<Arc<Account>>, policy: Policy) -> Signer {
+        Signer { account: account.into(), policy, today: Mutex::default() }
     }
 
     pub fn address(&self) -> Address {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabstir_plugin_api::chain::{Act, Chain, ChainNetwork, Order, Progress, ProgressState, Quote, Signed};
+use fabstir_plugin_api::chain::{Act, Chain, ChainNetwork, Order, Progress, ProgressState, Quote, Signature, Signed};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::stream::Stream;
@@ -21,6 +21,8 @@ const MOST_ORDERS: u32 = 100_000;
 pub enum DeskError {
     #[error(transparent)]
     Plugin(#[from] PluginError),
+    #[error("this is not signed: {0}")]
+    Unsigned(#[from] crate::identity::Refusal),
     /// What the plugin says of its chain is not what a chain of Ethereum's kind is: nothing can be signed for it safely.
     #[error("the plugin names {0:?}, which this node cannot hold signatures to")]
     Network(String),
@@ -75,22 +77,33 @@ fn policy(network: &ChainNetwork, limits: Limits) -> Result<Policy, DeskError> {
 
 /// One account that acts in the market.
 pub struct Desk {
-    chain: Arc<dyn Chain>,
+    pub chain: Arc<dyn Chain>,
     pub network: ChainNetwork,
     pub account: String,
+    signer: Arc<Signer>,
     /// Ends with the desk: then nothing more is signed.
     _signing: AbortOnDropHandle<()>,
 }
 
 impl Desk {
     /// Acts for this account from now on, within limits.
-    pub async fn begin(chain: Arc<dyn Chain>, account: Account, limits: Limits) -> Result<Self, DeskError> {
+    pub async fn begin(chain: Arc<dyn Chain>, account: impl Into<Arc<Account>>, limits: Limits) -> Result<Self, DeskError> {
         let network = chain.network(&cx()).await?;
         let policy = policy(&network, limits)?;
+        let account = account.into();
         let address = account.address().to_string();
         let questions = chain.begin(&Cx::new(), address.clone()).await?;
-        let signing = tokio::spawn(sign(chain.clone(), Signer::new(account, policy), questions));
-        Ok(Self { chain, network, account: address, _signing: AbortOnDropHandle::new(signing) })
+        let signer = Arc::new(Signer::new(account, policy));
+        let signing = tokio::spawn(sign(chain.clone(), signer.clone(), questions));
+        Ok(Self { chain, network, account: address, signer, _signing: AbortOnDropHandle::new(signing) })
+    }
+
+    /// Signs an offer or a voucher, of which these are the bytes.
+    ///
+    /// # Errors
+    /// `Unsigned` where the policy does not know them for one.
+    pub fn sign(&self, payload: &[u8]) -> Result<Signature, DeskError> {
+        Ok(self.signer.sign(payload)?.to_vec())
     }
 
     /// What an act would cost.
@@ -109,9 +122,20 @@ impl Desk {
     /// not made a second time: so a command that was cut off is simply given again.
     pub async fn carry_out(&self, name: &str, act: Act, within: Duration) -> Result<Progress, DeskError> {
         let key = self.next(name).await?;
+        self.follow(key, act, within).await
+    }
+
+    /// Places an order and returns once it is on disk; it is carried out from then on. An order with this key that was placed before is
+    /// not placed again.
+    pub async fn order(&self, key: String, act: Act) -> Result<Progress, DeskError> {
+        Ok(self.chain.act(&cx(), Order { key, act }).await?)
+    }
+
+    /// Orders an act under a key of the caller's and waits until it is in a block, as [`Self::carry_out`] does.
+    pub async fn follow(&self, key: String, act: Act, within: Duration) -> Result<Progress, DeskError> {
         // Before the order: what it does meanwhile is not missed.
         let mut changes = self.chain.progresses(&Cx::new()).await?;
-        let mut progress = self.chain.act(&cx(), Order { key: key.clone(), act }).await?;
+        let mut progress = self.order(key.clone(), act).await?;
         let wait = async {
             loop {
                 if let Some(outcome) = outcome(&progress) {
@@ -160,7 +184,7 @@ fn outcome(progress: &Progress) -> Option<Result<Progress, DeskError>> {
 }
 
 /// Answers what is to be signed, until the plugin asks no more.
-async fn sign(chain: Arc<dyn Chain>, signer: Signer, mut questions: Stream<fabstir_plugin_api::chain::Signing>) {
+async fn sign(chain: Arc<dyn Chain>, signer: Arc<Signer>, mut questions: Stream<fabstir_plugin_api::chain::Signing>) {
     while let Some(question) = questions.next().await {
         let question = match question {
             Ok(question) => question,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fabstir_plugin_api::chain::Chain;
+use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -30,6 +31,7 @@ struct Post {
     route: Option<Arc<InferenceRoute>>,
     transport: Option<Arc<Route<dyn Transport>>>,
     chain: Option<Arc<Route<dyn Chain>>>,
+    storage: Option<Arc<Route<dyn Storage>>>,
     connected: Option<Arc<Connected>>,
 }
 
@@ -68,6 +70,7 @@ impl Board {
             post.route = running.route.clone();
             post.transport = running.transport.clone();
             post.chain = running.chain.clone();
+            post.storage = running.storage.clone();
             post.connected = Some(running.connected.clone());
         });
     }
@@ -79,6 +82,7 @@ impl Board {
             post.route = None;
             post.transport = None;
             post.chain = None;
+            post.storage = None;
             post.connected = None;
         });
     }
@@ -97,6 +101,7 @@ impl Board {
             route: None,
             transport: None,
             chain: None,
+            storage: None,
             connected: None,
         });
         post.rank = entry.rank;
@@ -109,7 +114,8 @@ impl Board {
         let inference = ranked(posts, |post| post.route.as_ref());
         let transport = ranked(posts, |post| post.transport.as_ref());
         let chain = ranked(posts, |post| post.chain.as_ref());
+        let storage = ranked(posts, |post| post.storage.as_ref());
         let starting = posts.values().filter_map(|post| Option::<Starting>::from(&post.status)).collect();
-        self.routes.send_replace(Arc::new(Routes { inference, transport, chain, starting }));
+        self.routes.send_replace(Arc::new(Routes { inference, transport, chain, storage, starting }));
     }
 }

@@ -10,6 +10,7 @@ use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::Interface;
 use fabstir_plugin_api::manifest::Manifest;
 use fabstir_plugin_api::plugin::{Configure, Health};
+use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 
 use super::{Connected, Shared, State};
@@ -25,6 +26,7 @@ pub(super) struct Running {
     pub route: Option<Arc<InferenceRoute>>,
     pub transport: Option<Arc<Route<dyn Transport>>>,
     pub chain: Option<Arc<Route<dyn Chain>>>,
+    pub storage: Option<Arc<Route<dyn Storage>>>,
     /// Kept, so that a restart needs no second check of the file.
     pub artifact: Artifact,
     degraded: Option<String>,
@@ -132,7 +134,9 @@ impl Shared {
                 drop(suspect);
                 let transport = way::<dyn Transport>(entry, artifact, &connected, generation);
                 let chain = way::<dyn Chain>(entry, artifact, &connected, generation);
-                Ok(Running { generation, connected, in_flight, route, transport, chain, artifact: artifact.clone(), degraded })
+                let storage = way::<dyn Storage>(entry, artifact, &connected, generation);
+                let artifact = artifact.clone();
+                Ok(Running { generation, connected, in_flight, route, transport, chain, storage, artifact, degraded })
             }
             Err(error) => {
                 connected.end("the plugin did not start", Duration::from_secs(1)).await;

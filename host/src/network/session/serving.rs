@@ -229,7 +229,7 @@ impl Sessions {
                 Err(_) => continue,
             };
             match wire::decode(&message)? {
-                Ask::Infer { id, request, window, timeout_ms } => self.infer(session, id, *request, window, timeout_ms)?,
+                Ask::Infer { id, request, window, timeout_ms, .. } => self.infer(session, id, *request, window, timeout_ms)?,
                 Ask::Read { id, next } => {
                     let mut state = session.state.lock();
                     if state.requests.get_mut(&id).is_some_and(|request| request.advance(next)) {
@@ -241,7 +241,7 @@ impl Sessions {
                 Ask::Hello { .. } | Ask::Resume { .. } => {
                     return Err(PluginError::new(Code::Protocol, "a conversation has one beginning"));
                 }
-                Ask::Unknown => {}
+                _ => {}
             }
         }
     }

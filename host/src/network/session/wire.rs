@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use fabstir_plugin_api::abi::Blob;
+use fabstir_plugin_api::chain::{Account, Amount, Hash32, SessionId, Signature, Terms, Voucher};
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::inference::{Chunk, Generation};
 use serde::{Deserialize, Serialize};
@@ -46,12 +47,28 @@ pub enum Ask {
     Hello { version: u32 },
     /// Goes on with a session whose connection broke.
     Resume { session: Token, requests: Vec<From> },
-    /// Asks for an answer of which at most `window` pieces may be under way.
-    Infer { id: u64, request: Box<Generation>, window: u32, timeout_ms: u64 },
+    /// Asks for an answer of which at most `window` pieces may be under way, paid from this funded session. Without one it is free, or refused.
+    Infer {
+        id: u64,
+        request: Box<Generation>,
+        window: u32,
+        timeout_ms: u64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        paid_by: Option<SessionId>,
+    },
     /// Every piece before `next` has been read.
     Read { id: u64, next: u64 },
     /// The answer is not wanted any more.
     Cancel { id: u64 },
+    /// For how much this model would be served to this account: answered with an offer, or with why there is none.
+    Price { id: u64, model: String, client: Account },
+    /// A session is funded under these terms, of which `offer` is the node's own signature. The voucher is the first one here: for what
+    /// has been promised so far, with the root that binds it to both peers and to `before`.
+    Fund { id: u64, terms: Box<Terms>, offer: Signature, before: Hash32, voucher: Box<Voucher>, signature: Signature },
+    /// Pays for what has arrived; `answers` have come to their end since the voucher before, in this order.
+    Pay { voucher: Box<Voucher>, signature: Signature, answers: Vec<u64> },
+    /// Nothing more will be asked in this funded session: it may be settled.
+    Settle { id: u64, paid_by: SessionId },
     /// The session is over. Without it, the node keeps it for a while.
     Bye,
     #[serde(other)]
@@ -82,6 +99,17 @@ pub enum Tell {
     Chunk { id: u64, seq: u64, chunk: Chunk },
     /// The answer ends, or never begins, for this reason. It takes the place of piece `seq`.
     Failed { id: u64, seq: u64, refusal: PluginError },
+    /// The node's terms with its signature, and how much it delivers ahead of what is paid. `sure_above`: a deposit of at least so much
+    /// has to be in a safe block.
+    Offer { id: u64, terms: Box<Terms>, signature: Signature, credit: Amount, sure_above: Amount },
+    /// The session can pay for requests.
+    Funded { id: u64, deposit: Amount },
+    /// Delivery waits until this much is paid in all: the node's count of what it has delivered.
+    Due { paid_by: SessionId, amount: Amount, input_tokens: u64, output_tokens: u64 },
+    /// A voucher was not taken; delivery goes on with a better one.
+    Unpaid { paid_by: SessionId, why: PluginError },
+    /// The funded session is on its way to being settled, for this amount.
+    Settling { id: u64, amount: Amount },
     #[serde(other)]
     Unknown,
 }
@@ -116,10 +144,44 @@ mod tests {
     #[test]
     fn every_message_reads_back_as_it_was_written() {
         let refusal = PluginError::new(Code::Overloaded, "busy").retry_after(Duration::from_millis(1500));
+        let session: SessionId = format!("0x{}", "5".repeat(64));
+        let account = |digit: &str| format!("0x{}", digit.repeat(40));
+        let terms = Terms {
+            host: account("1"),
+            client: account("2"),
+            model: session.clone(),
+            coin: account("0"),
+            price_input_per_mtok: Amount(u128::MAX),
+            price_output_per_mtok: Amount(7),
+            expires_s: 10,
+            settle_window_s: 20,
+            valid_until_s: 5,
+            nonce: session.clone(),
+        };
+        let voucher = Voucher {
+            session: session.clone(),
+            host: account("1"),
+            amount: Amount(1 << 70),
+            input_tokens: 4,
+            output_tokens: 5,
+            transcript: session.clone(),
+        };
+        let signature = vec![200; 65];
         let asks = [
+            Ask::Price { id: 9, model: "m".into(), client: account("2") },
+            Ask::Fund {
+                id: 10,
+                terms: Box::new(terms.clone()),
+                offer: signature.clone(),
+                before: session.clone(),
+                voucher: Box::new(voucher.clone()),
+                signature: signature.clone(),
+            },
+            Ask::Pay { voucher: Box::new(voucher), signature: signature.clone(), answers: vec![1, 2] },
+            Ask::Settle { id: 11, paid_by: session.clone() },
             Ask::Hello { version: 1 },
             Ask::Resume { session: Token::random(), requests: vec![From { id: 3, next: 7, read: 5 }] },
-            Ask::Infer { id: 1, request: Box::new(request("the prompt")), window: 64, timeout_ms: 1000 },
+            Ask::Infer { id: 1, request: Box::new(request("the prompt")), window: 64, timeout_ms: 1000, paid_by: None },
             Ask::Read { id: 1, next: 32 },
             Ask::Cancel { id: 1 },
             Ask::Bye,
@@ -130,6 +192,11 @@ mod tests {
         let text = Text { text: "wörd ".into(), tokens: 1, logprobs: Vec::new() };
         let done = Done { finish: Finish::Stop, usage: Usage::default(), timings: Default::default() };
         let tells = [
+            Tell::Offer { id: 9, terms: Box::new(terms), signature, credit: Amount(3), sure_above: Amount(4) },
+            Tell::Funded { id: 10, deposit: Amount(5) },
+            Tell::Due { paid_by: session.clone(), amount: Amount(6), input_tokens: 1, output_tokens: 2 },
+            Tell::Unpaid { paid_by: session, why: refusal.clone() },
+            Tell::Settling { id: 11, amount: Amount(7) },
             Tell::Welcome { version: 1, session: Token::random(), linger_ms: 60_000, requests: 64 },
             Tell::Resumed { requests: vec![1, 2] },
             Tell::Refused(refusal.clone()),
@@ -152,7 +219,8 @@ mod tests {
 
     #[test]
     fn garbage_is_an_error_and_no_panic() {
-        let good = encode(&Ask::Infer { id: 1, request: Box::new(request("p")), window: 4, timeout_ms: 9 }).expect("fits");
+        let good = encode(&Ask::Infer { id: 1, request: Box::new(request("p")), window: 4, timeout_ms: 9, paid_by: None })
+            .expect("fits");
         for end in 0..good.len() {
             assert!(decode::<Ask>(&good[..end]).is_err(), "cut at {end}");
         }
@@ -162,8 +230,14 @@ mod tests {
             let _ = decode::<Ask>(&bad);
         }
         assert!(
-            encode(&Ask::Infer { id: 1, request: Box::new(request(&"p".repeat(MAX_MESSAGE))), window: 4, timeout_ms: 9 })
-                .is_err()
+            encode(&Ask::Infer {
+                id: 1,
+                request: Box::new(request(&"p".repeat(MAX_MESSAGE))),
+                window: 4,
+                timeout_ms: 9,
+                paid_by: None
+            })
+            .is_err()
         );
     }
 }

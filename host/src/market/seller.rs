@@ -1,0 +1,131 @@
+//! The node as one who is paid: the account it acts with, for as long as there is a way to the chain.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use fabstir_plugin_api::chain::Chain;
+use fabstir_plugin_api::error::PluginError;
+use fabstir_plugin_api::transport::PeerId;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{Desk, DeskError, Journal, JournalError, Limits, Prices};
+use crate::config::{self, Config};
+use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
+use crate::routes::{Route, Routes};
+use crate::scheduler::Scheduler;
+
+/// The pause before something is tried again that did not work.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// Why a node that is to be paid cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum SellerError {
+    #[error("market.key: {0}")]
+    Key(#[from] KeyError),
+    #[error("keys.password_file: {0}")]
+    Password(#[from] PasswordError),
+    #[error(
+        "market.key names an account, and keys.password_file is missing: a node that runs by itself can ask nobody for the password"
+    )]
+    NoPassword,
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What the lanes share: paid sessions and posted jobs.
+pub struct Seller {
+    pub config: config::Market,
+    pub prices: Prices,
+    pub journal: Journal,
+    pub scheduler: Arc<Scheduler>,
+    pub routes: watch::Receiver<Arc<Routes>>,
+    /// What this node is called in the network, once it has joined one.
+    pub peer: OnceLock<PeerId>,
+    account: Arc<Account>,
+    desk: watch::Sender<Option<Arc<Desk>>>,
+}
+
+impl Seller {
+    /// Opens the account and the journal. `None` where the configuration names no account: then nothing is charged.
+    pub fn open(
+        config: &Config,
+        scheduler: Arc<Scheduler>,
+        routes: watch::Receiver<Arc<Routes>>,
+    ) -> Result<Option<Arc<Seller>>, SellerError> {
+        let prices = Prices {
+            input_per_mtok: config.network.price_input_wei_per_mtok.into(),
+            output_per_mtok: config.network.price_output_wei_per_mtok.into(),
+        };
+        let Some(name) = &config.market.key else {
+            if !prices.is_free() {
+                tracing::warn!("Prices are set and market.key is not: they are told, and nothing is charged.");
+            }
+            return Ok(None);
+        };
+        let password = config.keys.password_file.as_ref().ok_or(SellerError::NoPassword)?;
+        let password = Password::read(password)?;
+        let account = Keyring::of(&config.node.data_dir).open(name, &password)?;
+        Ok(Some(Arc::new(Seller {
+            config: config.market.clone(),
+            prices,
+            journal: Journal::open(&config.node.data_dir)?,
+            scheduler,
+            routes,
+            peer: OnceLock::new(),
+            account: Arc::new(account),
+            desk: watch::Sender::new(None),
+        })))
+    }
+
+    /// The desk, while there is one.
+    ///
+    /// # Errors
+    /// `Unavailable` while no chain plugin is ready: what cannot be read and ordered is not promised.
+    pub fn desk(&self) -> Result<Arc<Desk>, PluginError> {
+        let unavailable = || PluginError::unavailable("the node has no way to the chain at the moment").retry_after(AGAIN);
+        self.desk.borrow().clone().ok_or_else(unavailable)
+    }
+
+    /// Acts through the best chain plugin that there is, until `stop`.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let mut routes = self.routes.clone();
+        loop {
+            let best = routes.borrow_and_update().chain.first().cloned();
+            let work = async {
+                match best {
+                    Some(route) => self.act(route).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = work => tokio::time::sleep(AGAIN).await,
+                changed = routes.changed() => if changed.is_err() { break },
+                () = stop.cancelled() => break,
+            }
+            self.desk.send_replace(None);
+        }
+        self.desk.send_replace(None);
+    }
+
+    /// One generation of the chain plugin. Ends where nothing can be done with it.
+    async fn act(&self, route: Arc<Route<dyn Chain>>) {
+        let desk = match self.sit_down(&route).await {
+            Ok(desk) => desk,
+            Err(error) => return tracing::error!(plugin = %route.plugin, %error, "The market cannot be acted in; trying again."),
+        };
+        tracing::info!(plugin = %route.plugin, account = %desk.account, chain = %desk.network.chain, "Acting in the market.");
+        self.desk.send_replace(Some(desk.clone()));
+        std::future::pending::<()>().await;
+    }
+
+    async fn sit_down(&self, route: &Route<dyn Chain>) -> Result<Arc<Desk>, DeskError> {
+        let limits = Limits {
+            // The node itself sends nothing but fees.
+            value_wei: 0,
+            fee_wei: self.config.max_fee_wei.into(),
+            daily_fee_wei: self.config.daily_fee_wei.into(),
+        };
+        Ok(Arc::new(Desk::begin(route.client.clone(), self.account.clone(), limits).await?))
+    }
+}
