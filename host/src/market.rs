@@ -4,6 +4,7 @@
 //! journal.rs     what was promised and ordered, on disk before it is acted on
 //! desk.rs        orders to the chain plugin, and what it asks to have signed
 //! price.rs       what tokens cost; amount.rs: amounts as people write them
+//! posting.rs     what a posted job asks for, and what comes of it
 //! transcript.rs  what both sides of a paid session agree was said
 //! seller.rs      the node as one who is paid
 //! ```
@@ -14,6 +15,7 @@
 mod amount;
 mod desk;
 pub mod journal;
+pub mod posting;
 mod price;
 pub mod seller;
 pub mod transcript;
