@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Flag, Loaded, Problems, Sources};
 
+mod account;
 mod chat;
 mod config;
 mod keys;

@@ -1,20 +1,17 @@
 //! `fabstir-node market`: this node's account in the market's contracts.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use fabstir_plugin_api::chain::{Act, Amount, Balances, Progress};
-use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::chain::{Act, Amount, Balances};
 use serde_json::json;
 
-use super::keys::PasswordArgs;
+use super::account::{AccountArgs, amount, at_desk, cx, done, with_chain};
 use super::network::on_threads;
 use super::{ConfigArgs, Failure, log, print, table};
 use crate::config::Config;
-use crate::identity::{Keyring, NodeKey};
-use crate::market::{self, Desk, DeskError, Limits, NATIVE, coins};
-use crate::supervisor::{Alone, AloneError};
+use crate::identity::NodeKey;
+use crate::market::{DeskError, NATIVE, coins};
 
 /// Shows and changes what this node has in the market's contracts.
 ///
@@ -61,10 +58,6 @@ enum Action {
 
 #[derive(Debug, Args)]
 struct Shared {
-    /// The key to act with, instead of market.key of the configuration.
-    #[arg(long, value_name = "NAME")]
-    key: Option<String>,
-
     /// How long to wait for the chain, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     wait: u64,
@@ -74,45 +67,10 @@ struct Shared {
     log: String,
 
     #[command(flatten)]
-    password: PasswordArgs,
+    account: AccountArgs,
 
     #[command(flatten)]
     config: ConfigArgs,
-}
-
-fn amount(text: &str) -> Result<Amount, String> {
-    market::parse(text).map_err(|error| error.to_string())
-}
-
-impl From<AloneError> for Failure {
-    fn from(error: AloneError) -> Self {
-        match &error {
-            AloneError::None { .. } => Failure::new(
-                Failure::CONFIG,
-                "no_chain",
-                format!("{error}: add an entry with use = \"chain-base\" to plugins.toml, as its last lines show"),
-            ),
-            AloneError::Start { .. } => Failure::new(Failure::FAILED, "plugin", error),
-        }
-    }
-}
-
-impl From<DeskError> for Failure {
-    fn from(error: DeskError) -> Self {
-        let code = match &error {
-            DeskError::Plugin(error) if error.code == fabstir_plugin_api::error::Code::Unavailable => {
-                return Failure::new(Failure::UNREACHABLE, "unreachable", error);
-            }
-            DeskError::Plugin(_) => "plugin",
-            DeskError::Unsigned(_) => "unsigned",
-            DeskError::Network(_) => "network",
-            DeskError::Refused(_) => "refused",
-            DeskError::Reverted { .. } => "reverted",
-            DeskError::Dead { .. } => "dead",
-            DeskError::Pending { .. } => "pending",
-        };
-        Failure::new(Failure::FAILED, code, error)
-    }
 }
 
 impl Market {
@@ -164,13 +122,6 @@ impl Shared {
         Ok(config)
     }
 
-    fn name<'a>(&'a self, config: &'a Config) -> Result<&'a str, Failure> {
-        self.key.as_deref().or(config.market.key.as_deref()).ok_or_else(|| {
-            let message = "no account: make a key with `fabstir-node keys new NAME`, and name it with --key or market.key";
-            Failure::new(Failure::CONFIG, "no_account", message)
-        })
-    }
-
     /// Starts the plugin, orders one act and tells what came of it.
     fn order(
         &self,
@@ -180,65 +131,31 @@ impl Shared {
         most: Amount,
         json: bool,
     ) -> Result<(), Failure> {
-        let key = self.name(config)?;
-        let path: PathBuf = Keyring::of(&config.node.data_dir).find(key)?.path;
-        let password = self.password.known(config, &path)?;
-        let account = Keyring::of(&config.node.data_dir).open(key, &password)?;
-        let limits = Limits {
-            value_wei: most.0,
-            fee_wei: config.market.max_fee_wei.into(),
-            daily_fee_wei: config.market.daily_fee_wei.into(),
-        };
-        let (progress, coin) = on_threads(async {
-            let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
-            let done = async {
-                let desk = Desk::begin(plugin.client.clone(), account, limits).await?;
-                let balances = plugin.client.balances(&cx(), desk.account.clone()).await.map_err(DeskError::from)?;
-                let act = act(&desk.account, &balances)?;
-                desk.quote(act.clone()).await?;
-                let progress = desk.carry_out(name, act, Duration::from_secs(self.wait)).await?;
-                Ok((progress, desk.network.coin.clone()))
-            };
-            let done: Result<_, Failure> = done.await;
-            plugin.end().await;
-            done
-        })?;
-        let Progress { transaction, block, fee, .. } = &progress;
-        let text = format!(
-            "done in block {}, transaction {}, fee {}",
-            block.map_or("?".into(), |block| block.to_string()),
-            transaction.as_deref().unwrap_or("?"),
-            fee.map_or("unknown".into(), |fee| coins(fee, &coin)),
-        );
-        Ok(print(json, &json!(progress), text)?)
+        let account = self.account.open(config)?;
+        let (progress, coin) = on_threads(at_desk(config, account, most, async |desk| {
+            let balances = desk.chain.balances(&cx(), desk.account.clone()).await.map_err(DeskError::from)?;
+            let act = act(&desk.account, &balances)?;
+            desk.quote(act.clone()).await?;
+            let progress = desk.carry_out(name, act, Duration::from_secs(self.wait)).await?;
+            Ok((progress, desk.network.coin.clone()))
+        }))?;
+        Ok(print(json, &json!(progress), done(&progress, &coin))?)
     }
 }
 
 fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
     let config = shared.prepare(json)?;
-    let name = shared.name(&config)?;
-    let entry = Keyring::of(&config.node.data_dir).find(name)?;
-    let address = match entry.address {
-        Some(address) => address.to_string(),
-        // Some programs leave the address out of the file.
-        None => {
-            let password = shared.password.known(&config, &entry.path)?;
-            Keyring::of(&config.node.data_dir).open(name, &password)?.address().to_string()
-        }
-    };
-    let (network, heads, balances) = on_threads(async {
-        let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
-        let chain = plugin.client.clone();
+    let name = shared.account.name(&config)?;
+    let address = shared.account.address(&config)?;
+    let (network, heads, balances) = on_threads(with_chain(&config, async |chain| {
         let read = async {
             let network = chain.network(&cx()).await?;
             let heads = chain.heads(&cx()).await?;
             let balances = chain.balances(&cx(), address.clone()).await?;
             Ok::<_, DeskError>((network, heads, balances))
         };
-        let read = read.await;
-        plugin.end().await;
-        Ok(read?)
-    })?;
+        Ok(read.await?)
+    }))?;
     let shown = |amount: Amount| coins(amount, &network.coin);
     let node = match (&balances.payout, balances.exits_at_s) {
         (None, _) => "no node of the market".to_owned(),
@@ -254,8 +171,4 @@ fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
     ];
     let value = json!({ "account": address, "key": name, "network": network, "heads": heads, "balances": balances });
     Ok(print(json, &value, table(&rows))?)
-}
-
-fn cx() -> Cx {
-    Cx::new().with_timeout(Duration::from_secs(30))
 }
