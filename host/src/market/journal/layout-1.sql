@@ -39,6 +39,8 @@ CREATE TABLE jobs (
     -- A word for the cause, and a sentence.
     cause            TEXT,
     why              TEXT,
+    -- How often something was ordered for it that came to nothing: each time, orders have new keys.
+    attempt          INTEGER NOT NULL DEFAULT 0,
     -- JobResult, as JSON, once it is stored.
     result           TEXT,
     -- What the contract has paid out, once the job is settled.
@@ -47,6 +49,7 @@ CREATE TABLE jobs (
     changed_ms       INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX jobs_by_state ON jobs (state);
+CREATE INDEX jobs_by_result ON jobs (json_extract(result, '$.output_commitment'));
 
 -- Sessions that this account has paid for, as a client.
 CREATE TABLE purchases (
