@@ -14,6 +14,8 @@ use crate::config::{Flag, Loaded, Problems, Sources};
 mod account;
 mod chat;
 mod config;
+mod earnings;
+mod job;
 mod keys;
 mod log;
 mod market;
@@ -56,6 +58,8 @@ enum Command {
     Find(network::Find),
     Peers(network::Peers),
     Connect(network::Connect),
+    Job(job::Job),
+    Earnings(earnings::Earnings),
     Market(market::Market),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
@@ -118,6 +122,11 @@ impl Failure {
     fn new(exit: u8, code: &str, message: impl fmt::Display) -> Self {
         let message = message.to_string();
         Self { exit, json: json!({ "error": { "code": code, "message": message } }), message: format!("error: {message}") }
+    }
+
+    /// What a person reads of it.
+    fn text(&self) -> &str {
+        self.message.trim_start_matches("error: ")
     }
 
     /// A failure of which the output has told everything, so that only the exit code is left to say.
@@ -183,6 +192,8 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Find(find) => find.execute(json),
         Command::Peers(peers) => peers.execute(json),
         Command::Connect(connect) => connect.execute(json),
+        Command::Job(job) => job.execute(json),
+        Command::Earnings(earnings) => earnings.execute(json),
         Command::Market(market) => market.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),

@@ -17,6 +17,6 @@ mod remote;
 mod result;
 mod visit;
 
-pub use market::{Found, Market, Wanted, ask_all, find};
+pub use market::{Found, Market, Wanted, ask_all, find, one_model};
 pub use result::fetch;
 pub use visit::{Visit, VisitError};

@@ -4,14 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use fabstir_plugin_api::chain::{Amount, Chain, Progress};
+use fabstir_plugin_api::chain::{Amount, Chain, MarketEvent, Progress};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 
-use super::Failure;
 use super::keys::PasswordArgs;
+use super::{ConfigArgs, Failure, log};
 use crate::config::Config;
 use crate::identity::{Account, Keyring};
+use crate::market::history::History;
 use crate::market::{self, Desk, DeskError, JournalError, Limits, coins};
 use crate::supervisor::{Alone, AloneError};
 
@@ -51,6 +52,37 @@ impl AccountArgs {
     }
 }
 
+/// What the commands share that act in the market, or look at it.
+#[derive(Debug, Args)]
+pub(super) struct Shared {
+    /// How long to wait for the chain, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    wait: u64,
+
+    /// What is logged, to standard error.
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    log: String,
+
+    #[command(flatten)]
+    pub account: AccountArgs,
+
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl Shared {
+    /// Reads the configuration and starts the log.
+    pub fn prepare(&self, json: bool) -> Result<Config, Failure> {
+        let config = self.config.load()?.config;
+        log::start(&self.log, json)?;
+        Ok(config)
+    }
+
+    pub fn within(&self) -> Duration {
+        Duration::from_secs(self.wait)
+    }
+}
+
 /// An amount of a command line.
 pub(super) fn amount(text: &str) -> Result<Amount, String> {
     market::parse(text).map_err(|error| error.to_string())
@@ -85,6 +117,23 @@ pub(super) async fn at_desk<T>(
         daily_fee_wei: config.market.daily_fee_wei.into(),
     };
     with_chain(config, async |chain| work(&Desk::begin(chain.clone(), account, limits).await?).await).await
+}
+
+/// What has happened in the market up to the newest block.
+pub(super) async fn history(
+    chain: &Arc<dyn Chain>,
+    keep: impl Fn(&MarketEvent) -> bool + Send + 'static,
+    within: Duration,
+) -> Result<History, Failure> {
+    let read = async {
+        let heads = chain.heads(&cx()).await?;
+        let mut history = History::begin(chain, keep).await?;
+        history.read_to(heads.latest.number).await?;
+        Ok(history)
+    };
+    let message = format!("the market's history could not be read within {} s: give it longer with --wait", within.as_secs());
+    let late = |_| Failure::new(Failure::UNREACHABLE, "unreachable", message);
+    tokio::time::timeout(within, read).await.map_err(late)?.map_err(|error| of_plugin(&error))
 }
 
 /// What a carried out order has cost, in words.

@@ -1,14 +1,12 @@
 //! `fabstir-node market`: this node's account in the market's contracts.
 
-use std::time::Duration;
-
 use clap::{Args, Subcommand};
 use fabstir_plugin_api::chain::{Act, Amount, Balances};
 use serde_json::json;
 
-use super::account::{AccountArgs, amount, at_desk, cx, done, with_chain};
+use super::account::{Shared, amount, at_desk, cx, done, with_chain};
 use super::network::on_threads;
-use super::{ConfigArgs, Failure, log, print, table};
+use super::{Failure, print, table};
 use crate::config::Config;
 use crate::identity::NodeKey;
 use crate::market::{DeskError, NATIVE, coins};
@@ -56,23 +54,6 @@ enum Action {
     },
 }
 
-#[derive(Debug, Args)]
-struct Shared {
-    /// How long to wait for the chain, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
-    wait: u64,
-
-    /// What is logged, to standard error.
-    #[arg(long, value_name = "FILTER", default_value = "warn")]
-    log: String,
-
-    #[command(flatten)]
-    account: AccountArgs,
-
-    #[command(flatten)]
-    config: ConfigArgs,
-}
-
 impl Market {
     pub fn execute(self, json: bool) -> Result<(), Failure> {
         match self.action {
@@ -116,12 +97,6 @@ fn withdraw(account: &str, balances: &Balances, to: Option<String>) -> Result<Ac
 }
 
 impl Shared {
-    fn prepare(&self, json: bool) -> Result<Config, Failure> {
-        let config = self.config.load()?.config;
-        log::start(&self.log, json)?;
-        Ok(config)
-    }
-
     /// Starts the plugin, orders one act and tells what came of it.
     fn order(
         &self,
@@ -136,7 +111,7 @@ impl Shared {
             let balances = desk.chain.balances(&cx(), desk.account.clone()).await.map_err(DeskError::from)?;
             let act = act(&desk.account, &balances)?;
             desk.quote(act.clone()).await?;
-            let progress = desk.carry_out(name, act, Duration::from_secs(self.wait)).await?;
+            let progress = desk.carry_out(name, act, self.within()).await?;
             Ok((progress, desk.network.coin.clone()))
         }))?;
         Ok(print(json, &json!(progress), done(&progress, &coin))?)

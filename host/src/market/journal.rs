@@ -17,8 +17,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 
-pub mod posted;
 pub mod jobs;
+pub mod posted;
 
 /// The layout of the tables, step by step: a file that has taken the first n steps says so in its `user_version`.
 const LAYOUT: &[&str] = &[include_str!("journal/layout-1.sql")];
