@@ -1,9 +1,10 @@
 //! What this node has earned, as its journal has it.
 
-use fabstir_plugin_api::chain::{Amount, JobResult, JobTerms, Voucher};
+use fabstir_plugin_api::chain::{Amount, JobResult, JobTerms};
 use rusqlite::Connection;
 use serde::Serialize;
 
+use super::journal::sessions::{SessionState, list};
 use super::journal::value;
 use super::{JournalError, Prices};
 
@@ -74,17 +75,17 @@ impl Earnings {
 
 fn sessions(journal: &Connection) -> Result<OfSessions, JournalError> {
     let mut of = OfSessions::default();
-    let mut statement = journal.prepare("SELECT state, voucher, paid FROM sessions")?;
-    let mut rows = statement.query([])?;
-    while let Some(row) = rows.next()? {
-        let (state, voucher, paid): (String, String, Option<String>) = (row.get(0)?, row.get(1)?, row.get(2)?);
-        let promised = || value::<Voucher>(&voucher).map(|voucher| voucher.amount);
-        match state.as_str() {
-            "open" => of.vouchered.add(promised()?),
-            "settling" => of.settling.add(promised()?),
-            "settled" => of.settled.add(amount(paid)?),
-            "lost" => of.lost.add(promised()?),
-            other => return Err(JournalError::Corrupt(format!("a session in the state `{other}`"))),
+    let all = [SessionState::Open, SessionState::Settling, SessionState::Settled, SessionState::Lost];
+    for row in list(journal, &all)? {
+        match row.state {
+            SessionState::Open => of.vouchered.add(row.voucher.amount),
+            SessionState::Settling => of.settling.add(row.voucher.amount),
+            SessionState::Settled => of.settled.add(paid(row.paid)?),
+            SessionState::Lost => {
+                let paid = row.paid.unwrap_or_default();
+                of.settled.amount.0 = of.settled.amount.0.saturating_add(paid.0);
+                of.lost.add(Amount(row.voucher.amount.0.saturating_sub(paid.0)));
+            }
         }
     }
     Ok(of)
@@ -98,7 +99,7 @@ fn jobs(journal: &Connection) -> Result<OfJobs, JournalError> {
         let (state, terms): (String, String) = (row.get(0)?, row.get(1)?);
         let (result, paid): (Option<String>, Option<String>) = (row.get(2)?, row.get(3)?);
         match state.as_str() {
-            "settled" => of.settled.add(amount(paid)?),
+            "settled" => of.settled.add(self::paid(paid.as_deref().map(amount).transpose()?)?),
             _ => {
                 let result = result.ok_or_else(|| JournalError::Corrupt("a job was handed in without a result".into()))?;
                 of.submitted.add(price(&value(&terms)?, &value(&result)?));
@@ -114,13 +115,17 @@ pub fn price(terms: &JobTerms, result: &JobResult) -> Amount {
     prices.of(result.input_tokens, result.output_tokens).min(terms.max_amount)
 }
 
-fn amount(paid: Option<String>) -> Result<Amount, JournalError> {
-    let paid = paid.ok_or_else(|| JournalError::Corrupt("something was paid, and not how much".into()))?;
-    paid.parse().map_err(|error| JournalError::Corrupt(format!("`{paid}` is no amount: {error}")))
+fn paid(paid: Option<Amount>) -> Result<Amount, JournalError> {
+    paid.ok_or_else(|| JournalError::Corrupt("something was paid, and not how much".into()))
+}
+
+fn amount(text: &str) -> Result<Amount, JournalError> {
+    text.parse().map_err(|_| JournalError::Corrupt(format!("`{text}` is no amount")))
 }
 
 #[cfg(test)]
 mod tests {
+    use fabstir_plugin_api::chain::{Terms, Voucher};
     use rusqlite::params;
 
     use super::*;
@@ -140,6 +145,21 @@ mod tests {
         text(&voucher).expect("is written")
     }
 
+    fn session_terms() -> Terms {
+        Terms {
+            host: crate::market::NATIVE.into(),
+            client: crate::market::NATIVE.into(),
+            model: format!("0x{}", "1".repeat(64)),
+            coin: crate::market::NATIVE.into(),
+            price_input_per_mtok: Amount(1),
+            price_output_per_mtok: Amount(1),
+            expires_s: 1,
+            settle_window_s: 1,
+            valid_until_s: 1,
+            nonce: format!("0x{}", "1".repeat(64)),
+        }
+    }
+
     #[test]
     fn everything_is_counted_where_its_money_is() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -154,8 +174,9 @@ mod tests {
             ("e", "lost", 1000, None),
         ] {
             let insert = "INSERT INTO sessions (id, terms, peer, deposit, state, voucher, signature, paid, opened_ms, changed_ms) \
-                          VALUES (?1, '', '', '0', ?2, ?3, x'', ?4, 0, 0)";
-            journal.execute(insert, params![id, state, voucher(promised), paid]).expect("is written");
+                          VALUES (?1, ?5, '', '0', ?2, ?3, x'', ?4, 0, 0)";
+            let terms = text(&session_terms()).expect("is written");
+            journal.execute(insert, params![id, state, voucher(promised), paid, terms]).expect("is written");
         }
         let result = |input_tokens| {
             let result =

@@ -1,4 +1,10 @@
 //! The node as one who is paid: the account it acts with, for as long as there is a way to the chain.
+//!
+//! ```text
+//! sessions.rs  paid sessions: offers, funding, vouchers
+//! tab.rs       what one client owes in one of them
+//! settling.rs  hands the best vouchers in, when their time has come
+//! ```
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -12,8 +18,16 @@ use tokio_util::sync::CancellationToken;
 use super::{Desk, DeskError, Journal, JournalError, Limits, Prices};
 use crate::config::{self, Config};
 use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
+use crate::network::now_ms;
 use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
+
+pub mod sessions;
+mod settling;
+pub mod tab;
+
+use sessions::Tabs;
+use settling::Settling;
 
 /// The pause before something is tried again that did not work.
 const AGAIN: Duration = Duration::from_secs(2);
@@ -42,6 +56,10 @@ pub struct Seller {
     pub routes: watch::Receiver<Arc<Routes>>,
     /// What this node is called in the network, once it has joined one.
     pub peer: OnceLock<PeerId>,
+    pub tabs: Tabs,
+    settling: Settling,
+    /// When the node was started.
+    started_ms: u64,
     account: Arc<Account>,
     desk: watch::Sender<Option<Arc<Desk>>>,
 }
@@ -73,6 +91,9 @@ impl Seller {
             scheduler,
             routes,
             peer: OnceLock::new(),
+            tabs: Tabs::default(),
+            settling: Settling::default(),
+            started_ms: now_ms(),
             account: Arc::new(account),
             desk: watch::Sender::new(None),
         })))
@@ -92,20 +113,29 @@ impl Seller {
         let mut routes = self.routes.clone();
         loop {
             let best = routes.borrow_and_update().chain.first().cloned();
+            let generation = best.as_ref().map(|route| (route.plugin.clone(), route.generation));
+            let is_another = |routes: &Arc<Routes>| {
+                let best = routes.chain.first();
+                best.map(|route| (&route.plugin, route.generation))
+                    != generation.as_ref().map(|(plugin, number)| (plugin, *number))
+            };
             let work = async {
                 match best {
                     Some(route) => self.act(route).await,
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
-                () = work => tokio::time::sleep(AGAIN).await,
-                changed = routes.changed() => if changed.is_err() { break },
-                () = stop.cancelled() => break,
-            }
+            let ended = tokio::select! {
+                () = work => false,
+                changed = routes.wait_for(is_another) => changed.is_err(),
+                () = stop.cancelled() => true,
+            };
             self.desk.send_replace(None);
+            if ended {
+                return;
+            }
+            tokio::time::sleep(AGAIN).await;
         }
-        self.desk.send_replace(None);
     }
 
     /// One generation of the chain plugin. Ends where nothing can be done with it.
@@ -116,7 +146,7 @@ impl Seller {
         };
         tracing::info!(plugin = %route.plugin, account = %desk.account, chain = %desk.network.chain, "Acting in the market.");
         self.desk.send_replace(Some(desk.clone()));
-        std::future::pending::<()>().await;
+        self.settle(&desk).await;
     }
 
     async fn sit_down(&self, route: &Route<dyn Chain>) -> Result<Arc<Desk>, DeskError> {
