@@ -18,5 +18,7 @@ mod loading;
 mod market;
 #[path = "node/network.rs"]
 mod network;
+#[path = "node/posting.rs"]
+mod posting;
 #[path = "node/serving.rs"]
 mod serving;
