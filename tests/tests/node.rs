@@ -20,3 +20,5 @@ mod market;
 mod network;
 #[path = "node/serving.rs"]
 mod serving;
+#[path = "node/vouchers.rs"]
+mod vouchers;
