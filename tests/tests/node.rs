@@ -22,3 +22,5 @@ mod network;
 mod posting;
 #[path = "node/serving.rs"]
 mod serving;
+#[path = "node/vouchers.rs"]
+mod vouchers;

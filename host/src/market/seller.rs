@@ -126,7 +126,8 @@ impl Seller {
                 }
             };
             let ended = tokio::select! {
-                () = work => false,
+                // A plugin that cannot be acted through now may be later.
+                () = async { work.await; tokio::time::sleep(AGAIN).await } => false,
                 changed = routes.wait_for(is_another) => changed.is_err(),
                 () = stop.cancelled() => true,
             };
@@ -134,7 +135,6 @@ impl Seller {
             if ended {
                 return;
             }
-            tokio::time::sleep(AGAIN).await;
         }
     }
 

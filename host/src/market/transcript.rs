@@ -44,7 +44,7 @@ pub fn after(root: &Hash32, answers: &[[u8; 32]]) -> Hash32 {
 }
 
 /// The hash of one answer, as its pieces come.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct AnswerHash(Sha256);
 
 impl AnswerHash {

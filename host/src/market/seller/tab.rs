@@ -257,7 +257,8 @@ impl Tab {
                 }
                 self.due_of(&state)
             };
-            if began.elapsed() >= self.patience {
+            let left = self.patience.saturating_sub(began.elapsed());
+            if left.is_zero() {
                 let message = format!(
                     "no voucher came within {} s for what was delivered: {} wei are due",
                     self.patience.as_secs(),
@@ -267,7 +268,7 @@ impl Tab {
             }
             remind(due);
             // A reminder that is lost is repeated.
-            let _ = tokio::time::timeout(REMIND, changed).await;
+            let _ = tokio::time::timeout(REMIND.min(left), changed).await;
         }
     }
 }
