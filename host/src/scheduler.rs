@@ -370,7 +370,7 @@ fn generating(
 }
 
 /// Prompt tokens as far as they can be told without the model: four bytes each, and a few for each message's frame.
-fn estimated_tokens(input: &Input) -> u64 {
+pub(crate) fn estimated_tokens(input: &Input) -> u64 {
     match input {
         Input::Text(text) => text.len().div_ceil(4) as u64,
         Input::Messages(messages) => messages.iter().map(|message| message.content.len().div_ceil(4) as u64 + 4).sum(),

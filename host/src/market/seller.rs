@@ -1,4 +1,8 @@
 //! The node as one who is paid: the account it acts with, for as long as there is a way to the chain.
+//!
+//! ```text
+//! jobs.rs  posted jobs: judged, claimed, worked on, handed in
+//! ```
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -14,6 +18,8 @@ use crate::config::{self, Config};
 use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
 use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
+
+pub mod jobs;
 
 /// The pause before something is tried again that did not work.
 const AGAIN: Duration = Duration::from_secs(2);
@@ -87,36 +93,39 @@ impl Seller {
         self.desk.borrow().clone().ok_or_else(unavailable)
     }
 
-    /// Acts through the best chain plugin that there is, until `stop`.
+    /// Acts through the best chain plugin that there is, until `stop`; then lets what is in work end, and returns.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let mut routes = self.routes.clone();
-        loop {
+        while !stop.is_cancelled() {
             let best = routes.borrow_and_update().chain.first().cloned();
+            let generation = best.as_ref().map(|route| route.generation);
             let work = async {
                 match best {
-                    Some(route) => self.act(route).await,
-                    None => std::future::pending().await,
+                    Some(route) => self.act(route, &stop).await,
+                    None => stop.cancelled().await,
                 }
+                tokio::time::timeout(AGAIN, stop.cancelled()).await.is_ok()
             };
+            // Other plugins come and go without it.
+            let other = routes.wait_for(|routes| routes.chain.first().map(|route| route.generation) != generation);
             tokio::select! {
-                () = work => tokio::time::sleep(AGAIN).await,
-                changed = routes.changed() => if changed.is_err() { break },
-                () = stop.cancelled() => break,
+                _ = work => {}
+                other = other => if other.is_err() { break },
             }
             self.desk.send_replace(None);
         }
         self.desk.send_replace(None);
     }
 
-    /// One generation of the chain plugin. Ends where nothing can be done with it.
-    async fn act(&self, route: Arc<Route<dyn Chain>>) {
+    /// One generation of the chain plugin. Ends where nothing can be done with it, and after `stop`.
+    async fn act(self: &Arc<Self>, route: Arc<Route<dyn Chain>>, stop: &CancellationToken) {
         let desk = match self.sit_down(&route).await {
             Ok(desk) => desk,
             Err(error) => return tracing::error!(plugin = %route.plugin, %error, "The market cannot be acted in; trying again."),
         };
         tracing::info!(plugin = %route.plugin, account = %desk.account, chain = %desk.network.chain, "Acting in the market.");
         self.desk.send_replace(Some(desk.clone()));
-        std::future::pending::<()>().await;
+        jobs::run(self, &desk, stop).await;
     }
 
     async fn sit_down(&self, route: &Route<dyn Chain>) -> Result<Arc<Desk>, DeskError> {
