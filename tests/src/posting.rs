@@ -8,6 +8,7 @@ use sha3::{Digest, Keccak256};
 
 use crate::dev_chain::DevChain;
 use crate::market::Account;
+use crate::{LIMIT, eventually};
 
 const POST: &str = "postJob((bytes32,address,uint128,uint128,uint128,uint64,uint64,uint64,uint64,uint64,uint64,uint64,uint8,uint128,\
                     uint128,uint8,bytes32,address),bytes32,string)";
@@ -164,13 +165,18 @@ impl Clients {
     /// Sends calls of the contract for an account, and returns their transactions.
     async fn send_all(&self, from: Account, calls: Vec<(String, u128)>) -> Vec<String> {
         let mut sent = Vec::new();
+        // Given here, so that they are carried out in this order, whatever the chain makes of a batch.
+        let mut nonces = number(&self.rpc("eth_getTransactionCount", json!([from.address, "pending"])).await)..;
         for batch in calls.chunks(BATCH) {
             let requests: Vec<Value> = batch
                 .iter()
-                .enumerate()
-                .map(|(id, (data, value))| {
-                    let call = json!({ "from": from.address, "to": self.escrow, "data": data, "value": format!("0x{value:x}"), "gas": "0x1c9c38" });
-                    json!({ "jsonrpc": "2.0", "id": id, "method": "eth_sendTransaction", "params": [call] })
+                .zip(&mut nonces)
+                .map(|((data, value), nonce)| {
+                    let (value, nonce) = (format!("0x{value:x}"), format!("0x{nonce:x}"));
+                    let call = json!({
+                        "from": from.address, "to": self.escrow, "data": data, "value": value, "nonce": nonce, "gas": "0x1c9c38",
+                    });
+                    json!({ "jsonrpc": "2.0", "id": 1, "method": "eth_sendTransaction", "params": [call] })
                 })
                 .collect();
             let answers = self.post_body(&json!(requests)).await;
@@ -180,10 +186,19 @@ impl Clients {
         sent
     }
 
+    /// The receipt of a transaction, once it is in a block. One account's are in their order.
+    async fn mined(&self, transaction: &str) -> Value {
+        eventually("a transaction is in a block", LIMIT, async || {
+            let receipt = self.rpc("eth_getTransactionReceipt", json!([transaction])).await;
+            (!receipt.is_null()).then_some(receipt)
+        })
+        .await
+    }
+
     /// Sends one call, and returns what its transaction has cost in fees.
     async fn send(&self, from: Account, data: String, value: u128) -> u128 {
         let sent = self.send_all(from, vec![(data, value)]).await;
-        let receipt = self.rpc("eth_getTransactionReceipt", json!([sent[0]])).await;
+        let receipt = self.mined(&sent[0]).await;
         assert_eq!(receipt["status"], "0x1", "{receipt:#}");
         fee(&receipt)
     }
@@ -206,7 +221,8 @@ impl Clients {
         let first = self.next_job().await;
         let now_s = number(&self.rpc("eth_getBlockByNumber", json!(["latest", false])).await["timestamp"]) as u64;
         let calls = jobs.iter().map(|job| (job.call(now_s), job.max_amount)).collect();
-        self.send_all(from, calls).await;
+        let sent = self.send_all(from, calls).await;
+        self.mined(sent.last().expect("a job is posted")).await;
         let next = self.next_job().await;
         assert_eq!(next - first, jobs.len() as u64, "not every job was posted");
         first..next
@@ -237,7 +253,8 @@ impl Clients {
 
     pub async fn cancel_all(&self, from: Account, jobs: impl IntoIterator<Item = u64>) {
         let calls = jobs.into_iter().map(|job| (call("cancelJob(uint256)", &[&format!("{job:x}")]), 0)).collect();
-        self.send_all(from, calls).await;
+        let sent = self.send_all(from, calls).await;
+        self.mined(sent.last().expect("a job is cancelled")).await;
     }
 
     /// Accepts a result; returns the fee.

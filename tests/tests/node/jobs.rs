@@ -350,7 +350,7 @@ async fn what_the_chain_takes_back_leaves_the_node_consistent() {
     assert_eq!(again, gone, "the number is free again");
     let held = is_in(&clients, again, DELIVERED).await;
     let row = is_noted(place, again, "submitted").await;
-    assert_eq!(row["client"], OTHER_CLIENT.address.to_lowercase());
+    assert_eq!(row["client"], OTHER_CLIENT.address);
     assert_eq!(row["result"]["output_commitment"], format!("0x{}", held.output));
 }
 

@@ -419,3 +419,168 @@ impl Journal {
         self.write(move |transaction| rows(transaction, states, most)).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::market::seller::jobs::example;
+
+    const US: &str = "0xAa00000000000000000000000000000000000001";
+    const OTHERS: &str = "0xbb00000000000000000000000000000000000002";
+
+    /// A journal in memory, with what happened to it.
+    struct Told(Connection);
+
+    impl Told {
+        fn new() -> Self {
+            let connection = Connection::open_in_memory().expect("opens");
+            connection.execute_batch(include_str!("layout-1.sql")).expect("the layout is sound");
+            Self(connection)
+        }
+
+        fn note(&self, block: u64, event: MarketEvent) -> Meant {
+            note(&self.0, &US.to_lowercase(), true, block, &event).expect("is noted")
+        }
+
+        fn post(&self, block: u64, change: impl FnOnce(&mut JobRow)) -> Meant {
+            let mut row = example(1);
+            change(&mut row);
+            let JobRow { id: job, client, terms, input_commitment, input_ref, .. } = row;
+            self.note(block, MarketEvent::JobPosted { job, client, terms, input_commitment, input_ref })
+        }
+
+        fn step(&self, from: State, to: State) -> bool {
+            step(&self.0, 1, from, &Step::to(to)).expect("is written")
+        }
+
+        fn row(&self) -> JobRow {
+            row(&self.0, 1).expect("reads").expect("is there")
+        }
+
+        fn cause(&self) -> (State, Option<String>) {
+            let row = self.row();
+            (row.state, row.cause)
+        }
+    }
+
+    fn claimed(host: &str) -> MarketEvent {
+        MarketEvent::JobClaimed { job: 1, host: host.into(), deliver_by_s: 0, attempt: 1 }
+    }
+
+    fn lost(host: &str, reopened: bool) -> MarketEvent {
+        MarketEvent::ClaimLost { job: 1, host: host.into(), reopened }
+    }
+
+    fn settled(host: &str) -> MarketEvent {
+        MarketEvent::JobSettled { job: 1, host: host.into(), to_host: Amount(7), to_client: Amount(3) }
+    }
+
+    fn refunded() -> MarketEvent {
+        MarketEvent::JobRefunded { job: 1, client: OTHERS.into(), amount: Amount(10) }
+    }
+
+    #[test]
+    fn a_posting_that_is_told_twice_is_one_job_and_what_was_decided_stays() {
+        let told = Told::new();
+        assert_eq!(told.post(5, |_| ()), Meant::Seen(1));
+        assert_eq!(told.row(), JobRow { block: 5, seen_ms: told.row().seen_ms, changed_ms: told.row().changed_ms, ..example(1) });
+        assert_eq!(told.post(5, |_| ()), Meant::Nothing);
+        assert!(told.step(State::Seen, State::Declined));
+        assert_eq!(told.post(5, |_| ()), Meant::Nothing);
+        assert_eq!(told.row().state, State::Declined);
+        // What is declined for ever keeps nothing of what the stranger wrote.
+        assert_eq!(told.row().input_ref, "");
+    }
+
+    #[test]
+    fn another_job_under_the_same_number_replaces_only_what_is_not_in_work() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        told.step(State::Seen, State::Declined);
+        assert_eq!(told.post(6, |row| row.terms.max_amount = Amount(9)), Meant::Seen(1));
+        assert_eq!((told.row().state, told.row().terms.max_amount, told.row().attempt), (State::Seen, Amount(9), 1));
+        told.step(State::Seen, State::Claiming);
+        assert_eq!(told.post(7, |_| ()), Meant::Nothing);
+        assert_eq!(told.row().terms.max_amount, Amount(9));
+    }
+
+    #[test]
+    fn a_step_is_made_only_from_the_state_that_it_starts_in() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        assert!(!told.step(State::Claimed, State::Working));
+        assert!(told.step(State::Seen, State::Claiming) && told.step(State::Claiming, State::Claimed));
+        assert!(!told.step(State::Seen, State::Claiming));
+        assert_eq!(told.row().state, State::Claimed);
+    }
+
+    #[test]
+    fn what_others_do_to_a_job_that_was_only_seen_makes_it_missed_and_open_again() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        assert_eq!(told.note(6, claimed(OTHERS)), Meant::Over { job: 1, cause: "lost", worked: false });
+        assert_eq!(told.cause(), (State::Missed, Some("lost".into())));
+        assert_eq!(told.note(7, lost(OTHERS, true)), Meant::Seen(1));
+        assert_eq!((told.cause(), told.row().attempt), ((State::Seen, None), 1));
+        assert_eq!(told.note(8, refunded()), Meant::Over { job: 1, cause: "gone", worked: false });
+        assert_eq!(told.note(9, lost(OTHERS, true)), Meant::Nothing);
+        assert_eq!(told.cause(), (State::Missed, Some("gone".into())));
+    }
+
+    #[test]
+    fn a_job_in_work_ends_as_the_contract_says() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        told.step(State::Seen, State::Claiming);
+        assert_eq!(told.note(6, refunded()), Meant::Nothing, "its order tells");
+        told.step(State::Claiming, State::Submitted);
+        assert_eq!(told.note(8, settled(US)), Meant::Settled { job: 1, paid: Amount(7) });
+        assert_eq!((told.row().state, told.row().paid), (State::Settled, Some(Amount(7))));
+
+        let told = Told::new();
+        told.post(5, |_| ());
+        told.step(State::Seen, State::Working);
+        assert_eq!(told.note(6, lost(US, true)), Meant::Over { job: 1, cause: "time", worked: true });
+        assert_eq!(told.cause(), (State::Failed, Some("time".into())));
+        // It is open again, and not for this node.
+        assert_eq!(told.note(7, lost(OTHERS, true)), Meant::Nothing);
+    }
+
+    #[test]
+    fn what_the_chain_takes_back_is_undone() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        told.note(6, claimed(OTHERS));
+        back(&told.0, Some(5)).expect("is undone");
+        assert_eq!(told.cause(), (State::Seen, None));
+        back(&told.0, Some(4)).expect("is undone");
+        assert_eq!(told.cause(), (State::Missed, Some("reorg".into())));
+        assert_eq!(told.post(5, |_| ()), Meant::Seen(1));
+
+        let result = JobResult {
+            output_commitment: format!("0x{}", "0a".repeat(32)),
+            input_tokens: 1,
+            output_tokens: 1,
+            result_ref: String::new(),
+        };
+        let stored = Step { result: Some(result), ..Step::to(State::Submitted) };
+        assert!(step(&told.0, 1, State::Seen, &stored).expect("is written"));
+        told.note(9, settled(US));
+        back(&told.0, Some(8)).expect("is undone");
+        assert_eq!((told.row().state, told.row().paid), (State::Submitted, None));
+        // What is in work stays: the chain is asked before it goes on.
+        back(&told.0, None).expect("is undone");
+        assert_eq!(told.row().state, State::Submitted);
+    }
+
+    #[test]
+    fn what_waits_is_missed_with_what_it_waited_for() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        waits(&told.0, 1, "room", "no slot is free").expect("is written");
+        let by = example(1).terms.claim_by_s;
+        assert_eq!(miss(&told.0, by).expect("is written"), 0);
+        assert_eq!(miss(&told.0, by + 1).expect("is written"), 1);
+        assert_eq!(told.cause(), (State::Missed, Some("room".into())));
+    }
+}

@@ -37,6 +37,8 @@ mod due;
 mod verdict;
 
 pub use verdict::Cause;
+#[cfg(test)]
+pub(crate) use verdict::tests::row as example;
 
 use carrying::Carrier;
 use due::Due;
