@@ -212,6 +212,12 @@ pub struct Market {
     /// Example: `credit_tokens = 64`.
     #[schemars(range(min = 1))]
     pub credit_tokens: u32,
+    /// How long delivery waits for a voucher once the credit is used up; then the answer is cut off. Seconds.
+    ///
+    /// Default: `30`.
+    /// Example: `voucher_timeout_s = 10`.
+    #[schemars(range(min = 1))]
+    pub voucher_timeout_s: u64,
     /// How long a paid session lasts at most. Seconds, from 60 to 30 days.
     ///
     /// Default: `86400`.
@@ -255,6 +261,7 @@ impl Default for Market {
             max_fee_wei: 5_000_000_000_000_000,
             daily_fee_wei: 50_000_000_000_000_000,
             credit_tokens: 256,
+            voucher_timeout_s: 30,
             session_s: 86_400,
             settle_window_s: 3600,
             idle_settle_s: 600,

@@ -64,7 +64,7 @@ pub struct Network {
 impl Network {
     /// With a seller, prices are charged.
     pub fn new(config: config::Network, key: NodeKey, scheduler: Arc<Scheduler>, seller: Option<Arc<Seller>>) -> Arc<Self> {
-        let sessions = Sessions::new(scheduler.clone(), config.sessions_per_peer);
+        let sessions = Sessions::new(scheduler.clone(), config.sessions_per_peer, seller.clone());
         Arc::new(Self { config, key: Arc::new(key), scheduler, sessions, open_sessions: Gauge::default(), seller })
     }
 

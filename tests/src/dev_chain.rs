@@ -15,7 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running chain. It ends when this is dropped, or the program is killed.
 pub struct DevChain {
-    _anvil: Anvil,
+    anvil: Anvil,
+    url: String,
     config: serde_json::Value,
 }
 
@@ -33,13 +34,47 @@ impl DevChain {
             None => Err(format!("deploy.mjs tells no `{name}`: {deployed}")),
         };
         let config = serde_json::json!({
-            "rpc": [url],
+            "rpc": [&url],
             "chain_id": CHAIN_ID,
             "contracts": { "escrow": at("escrow")?, "nodes": at("nodes")?, "models": at("models")?, "proofs": at("proofs")? },
             "first_block": at("block")?,
             "poll_ms": 50,
         });
-        Ok(Self { _anvil: anvil, config })
+        Ok(Self { anvil, url, config })
+    }
+
+    /// Asks the chain something by JSON-RPC, as another program than a node would.
+    ///
+    /// # Errors
+    /// What the connection or the chain says.
+    pub async fn ask(&self, method: &str, params: serde_json::Value) -> Result<serde_json::Value, String> {
+        let body = serde_json::json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": params });
+        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().map_err(|error| error.to_string())?;
+        let answer = client.post(&self.url).json(&body).send().await.map_err(|error| error.to_string())?;
+        let answer: serde_json::Value = answer.json().await.map_err(|error| error.to_string())?;
+        match answer.get("error") {
+            Some(error) => Err(format!("{method}: {error}")),
+            None => Ok(answer["result"].clone()),
+        }
+    }
+
+    /// Makes so many empty blocks.
+    pub async fn mine(&self, blocks: u64) {
+        self.ask("anvil_mine", serde_json::json!([format!("0x{blocks:x}")])).await.expect("the chain mines");
+    }
+
+    /// Stops the chain's process, so that nobody is answered until [`Self::resume`].
+    pub fn pause(&mut self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    pub fn resume(&mut self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&mut self, signal: i32) {
+        // SAFETY: a system call without pointers, on a child that has not been waited for.
+        unsafe { libc::kill(self.anvil.0.id() as i32, signal) };
     }
 
     /// The plugin's configuration for this chain.

@@ -10,7 +10,7 @@ use crate::{Node, Place};
 /// An account that a development chain gives money to.
 #[derive(Debug, Clone, Copy)]
 pub struct Account {
-    key: &'static str,
+    pub key: &'static str,
     pub address: &'static str,
 }
 
@@ -78,5 +78,6 @@ pub fn node_place(chain: &DevChain, account: Account, market: &str, entries: &st
 pub async fn node(chain: &DevChain, account: Account, market: &str, entries: &str) -> Provider {
     let node = Node::launch(node_place(chain, account, market, entries), &[]);
     node.healthy().await;
+    node.logged(&["Acting in the market."]).await;
     Provider::of(node).await
 }

@@ -22,3 +22,5 @@ mod market;
 mod network;
 #[path = "node/serving.rs"]
 mod serving;
+#[path = "node/vouchers.rs"]
+mod vouchers;

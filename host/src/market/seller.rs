@@ -1,7 +1,10 @@
 //! The node as one who is paid: the account it acts with, for as long as there is a way to the chain.
 //!
 //! ```text
-//! jobs.rs  posted jobs: judged, claimed, worked on, handed in
+//! jobs.rs      posted jobs: judged, claimed, worked on, handed in
+//! sessions.rs  paid sessions: offers, funding, vouchers
+//! tab.rs       what one client owes in one of them
+//! settling.rs  hands the best vouchers in, when their time has come
 //! ```
 
 use std::sync::{Arc, OnceLock};
@@ -16,10 +19,17 @@ use tokio_util::sync::CancellationToken;
 use super::{Desk, DeskError, Journal, JournalError, Limits, Prices};
 use crate::config::{self, Config};
 use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
+use crate::network::now_ms;
 use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
 
 pub mod jobs;
+pub mod sessions;
+mod settling;
+pub mod tab;
+
+use sessions::Tabs;
+use settling::Settling;
 
 /// The pause before something is tried again that did not work.
 const AGAIN: Duration = Duration::from_secs(2);
@@ -48,6 +58,10 @@ pub struct Seller {
     pub routes: watch::Receiver<Arc<Routes>>,
     /// What this node is called in the network, once it has joined one.
     pub peer: OnceLock<PeerId>,
+    pub tabs: Tabs,
+    settling: Settling,
+    /// When the node was started.
+    started_ms: u64,
     account: Arc<Account>,
     desk: watch::Sender<Option<Arc<Desk>>>,
 }
@@ -79,6 +93,9 @@ impl Seller {
             scheduler,
             routes,
             peer: OnceLock::new(),
+            tabs: Tabs::default(),
+            settling: Settling::default(),
+            started_ms: now_ms(),
             account: Arc::new(account),
             desk: watch::Sender::new(None),
         })))
@@ -98,7 +115,12 @@ impl Seller {
         let mut routes = self.routes.clone();
         while !stop.is_cancelled() {
             let best = routes.borrow_and_update().chain.first().cloned();
-            let generation = best.as_ref().map(|route| route.generation);
+            let generation = best.as_ref().map(|route| (route.plugin.clone(), route.generation));
+            let is_another = |routes: &Arc<Routes>| {
+                let best = routes.chain.first();
+                best.map(|route| (&route.plugin, route.generation))
+                    != generation.as_ref().map(|(plugin, number)| (plugin, *number))
+            };
             let work = async {
                 match best {
                     Some(route) => self.act(route, &stop).await,
@@ -106,11 +128,11 @@ impl Seller {
                 }
                 tokio::time::timeout(AGAIN, stop.cancelled()).await.is_ok()
             };
-            // Other plugins come and go without it.
-            let other = routes.wait_for(|routes| routes.chain.first().map(|route| route.generation) != generation);
+            let other = routes.wait_for(is_another);
             tokio::select! {
+                // A plugin that cannot be acted through now may be later.
                 _ = work => {}
-                other = other => if other.is_err() { break },
+                changed = other => if changed.is_err() { break },
             }
             self.desk.send_replace(None);
         }
@@ -125,7 +147,11 @@ impl Seller {
         };
         tracing::info!(plugin = %route.plugin, account = %desk.account, chain = %desk.network.chain, "Acting in the market.");
         self.desk.send_replace(Some(desk.clone()));
-        jobs::run(self, &desk, stop).await;
+        tokio::select! {
+            // What is in work may end after `stop`, and what it brings is settled meanwhile.
+            () = jobs::run(self, &desk, stop) => {}
+            () = self.settle(&desk) => {}
+        }
     }
 
     async fn sit_down(&self, route: &Route<dyn Chain>) -> Result<Arc<Desk>, DeskError> {

@@ -3,12 +3,12 @@
 //! ```text
 //! root of a first voucher   SHA-256("fabstir-session-1\0" || before || session || len(node) || node || len(client) || client)
 //! answer                    SHA-256(len(infer) || infer || len(piece 0) || piece 0 || ... || len(last) || last)
-//! root of a later voucher   SHA-256(root of the one before || answer || answer || ...)
+//! root of a later voucher   SHA-256(root before || answer), once for each answer
 //! ```
 //!
 //! `infer` and the pieces are the bytes of their messages, lengths are 4 bytes, big endian, `node` and `client` are peer ids.
 //! `before` is the root that the session had when it was last spoken to, or 32 zeros. The answers are those that have come to their end since
-//! the voucher before, in the order in which the client names them.
+//! the voucher before, in the order in which the client names them; how they are spread over vouchers makes no difference.
 
 use fabstir_plugin_api::chain::{Hash32, SessionId};
 use fabstir_plugin_api::transport::PeerId;
@@ -35,17 +35,16 @@ pub fn begin(before: &Hash32, session: &SessionId, node: &PeerId, client: &PeerI
 
 /// The root after these answers.
 pub fn after(root: &Hash32, answers: &[[u8; 32]]) -> Hash32 {
-    if answers.is_empty() {
-        return root.clone();
-    }
-    let mut hash = Sha256::new();
-    hash.update(bytes(root));
-    answers.iter().for_each(|answer| hash.update(answer));
-    hex(hash)
+    answers.iter().fold(root.clone(), |root, answer| {
+        let mut hash = Sha256::new();
+        hash.update(bytes(&root));
+        hash.update(answer);
+        hex(hash)
+    })
 }
 
 /// The hash of one answer, as its pieces come.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct AnswerHash(Sha256);
 
 impl AnswerHash {
@@ -107,5 +106,6 @@ mod tests {
         assert_ne!(first, second);
         assert_eq!(after(&root, &[]), root);
         assert_ne!(after(&root, &[first, second]), after(&root, &[second, first]));
+        assert_eq!(after(&root, &[first, second]), after(&after(&root, &[first]), &[second]));
     }
 }

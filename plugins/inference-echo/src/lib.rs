@@ -18,6 +18,9 @@ struct Config {
     context: Option<u32>,
 }
 
+/// Names the model everywhere. There is no file to hash, so it is the SHA-256 of `inference-echo`.
+const DIGEST: &str = "b81583ae0e5d795af9fdb519b071cdb8d527531cbbd6e2ad2a5999a746179ec1";
+
 pub struct Echo {
     loaded: Loaded,
     delay: Duration,
@@ -29,7 +32,7 @@ impl Lifecycle for Echo {}
 #[plugin(provides = [Inference])]
 async fn init(_: Host, config: Config) -> Result<Echo> {
     let (parallel, context) = (config.parallel.unwrap_or(64).into(), config.context.unwrap_or(4096));
-    let loaded = Loaded { model: "echo".into(), context, parallel, memory: None, load_ms: 0, digest: None };
+    let loaded = Loaded { model: "echo".into(), context, parallel, memory: None, load_ms: 0, digest: Some(DIGEST.into()) };
     let delay = Duration::from_millis(config.delay_ms.unwrap_or(0));
     Ok(Echo { loaded, delay, slots: Arc::new(Semaphore::new(parallel as usize)) })
 }

@@ -3,8 +3,11 @@
 
 use std::time::Instant;
 
+use fabstir_host::market::posting::ResultRef;
+use fabstir_plugin_api::error::Code;
 use fabstir_tests::dev_chain::DevChain;
 use fabstir_tests::market::{CLIENT, NODE, OTHER_CLIENT, OTHER_NODE, OWNER, PAYOUT, node, node_place};
+use fabstir_tests::payer::Payer;
 use fabstir_tests::posting::{CLAIM_EVENT, CLAIMED, Clients, DELIVERED, Held, Job, OPEN, REFUNDED, RESULT_EVENT, SETTLED};
 use fabstir_tests::{LIMIT, Node, Place, eventually, tiny_chat};
 use serde_json::{Value, json};
@@ -78,6 +81,18 @@ async fn a_posted_job_is_answered_by_the_real_model_and_paid_to_the_wei() {
     let document: Value = serde_json::from_slice(&stored).expect("a document");
     assert!(document["text"].as_str().is_some_and(|text| text.contains("Paris")), "{document:#}");
     assert_eq!(document["usage"]["completion_tokens"], held.out_tokens as u64);
+
+    // A stranger fetches it by its hash, and nothing else.
+    let stranger = Payer::start(&chain, OTHER_CLIENT).await;
+    let named = row["result"]["result_ref"].as_str().expect("a text").parse::<ResultRef>().expect("a reference");
+    let commitment = format!("0x{}", held.output);
+    let got = stranger.result(&provider.address, &named, &commitment).await.expect("the result comes");
+    assert_eq!(document["text"], got.text.as_str());
+    let unknown = ResultRef { id: "00".repeat(32), ..named.clone() };
+    let nothing = stranger.result(&provider.address, &unknown, &commitment).await.expect_err("no job has it");
+    assert_eq!(nothing.code, Code::NotFound, "{nothing}");
+    let wrong = stranger.result(&provider.address, &named, &format!("0x{}", unknown.id)).await.expect_err("another one");
+    assert_eq!(wrong.code, Code::Corrupt, "{wrong}");
 
     let fees = clients.posting_fee(id).await + clients.accept(CLIENT, id).await;
     let row = is_noted(&provider.node.place, id, "settled").await;

@@ -6,6 +6,9 @@
 //!      +---- write: the pieces not sent yet <--------+ pieces, kept until they have been read
 //! ```
 //!
+//! Where the node is paid, a request names the funded session that pays for it. What that may be delivered is decided by
+//! [`crate::market::seller`]; here pieces wait for it.
+//!
 //! A session outlives its conversation: when that breaks, requests go on as far as their window lets them, and what they have produced
 //! is kept until the asker is back, or the time is over.
 
@@ -16,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fabstir_plugin_api::abi::Blob;
+use fabstir_plugin_api::chain::{SessionId, Signature, Voucher};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError, Result};
 use fabstir_plugin_api::inference::{Chunk, Generation};
@@ -23,16 +27,22 @@ use fabstir_plugin_api::stream::{Sender, Stream};
 use fabstir_plugin_api::transport::PeerId;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::super::until_read;
 use super::wire::{self, Ask, LINGER, MAX_WINDOW, Tell, Token, VERSION};
-use crate::scheduler::{Refused, Scheduler};
+use crate::market::Seller;
+use crate::market::seller::sessions::Funding;
+use crate::market::seller::tab::{AnswerName, Due, Meter};
+use crate::scheduler::{Refused, Scheduler, estimated_tokens};
 
 /// How long a peer may take to say what it wants.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 /// Requests that a session may have, finished ones that were not read to their end among them.
 const MOST_REQUESTS: usize = 64;
+/// Questions of a session about prices and deposits that are answered at the same time.
+const MOST_QUESTIONS: usize = 4;
 /// Sessions in all; more are told to come back.
 const MOST_SESSIONS: usize = 1024;
 /// How often it is looked whether all requests have ended, and how long peers may take to read their ends.
@@ -51,6 +61,7 @@ pub struct Sessions(Arc<Shared>);
 
 struct Shared {
     scheduler: Arc<Scheduler>,
+    seller: Option<Arc<Seller>>,
     sessions: Mutex<HashMap<Token, Arc<Session>>>,
     per_peer: usize,
     draining: AtomicBool,
@@ -73,6 +84,8 @@ struct State {
     turn: u64,
     /// Messages that are about no request.
     notices: VecDeque<Blob>,
+    /// Answers to questions about prices and deposits, on their way.
+    questions: JoinSet<()>,
     /// Ends the session after a while, where there is no conversation.
     left: Option<AbortOnDropHandle<()>>,
     ended: bool,
@@ -112,9 +125,9 @@ impl Request {
 }
 
 impl Sessions {
-    /// `per_peer` sessions at most may one peer have.
-    pub fn new(scheduler: Arc<Scheduler>, per_peer: usize) -> Self {
-        Self(Arc::new(Shared { scheduler, sessions: Mutex::default(), per_peer, draining: AtomicBool::new(false) }))
+    /// `per_peer` sessions at most may one peer have. With a seller, prices are charged.
+    pub fn new(scheduler: Arc<Scheduler>, per_peer: usize, seller: Option<Arc<Seller>>) -> Self {
+        Self(Arc::new(Shared { scheduler, seller, sessions: Mutex::default(), per_peer, draining: AtomicBool::new(false) }))
     }
 
     /// Sessions that are kept now, those without a conversation among them.
@@ -229,7 +242,40 @@ impl Sessions {
                 Err(_) => continue,
             };
             match wire::decode(&message)? {
-                Ask::Infer { id, request, window, timeout_ms, .. } => self.infer(session, id, *request, window, timeout_ms)?,
+                Ask::Infer { id, request, window, timeout_ms, paid_by } => {
+                    let meter = self.meter(session, id, &request, paid_by.as_ref(), &message).await;
+                    self.infer(session, id, *request, window, timeout_ms, meter)?;
+                }
+                Ask::Price { id, model, client } => {
+                    self.question(session, id, async move |seller| {
+                        let offered = seller.offer(&model, client).await?;
+                        let (terms, credit, sure_above) = (Box::new(offered.terms), offered.credit, offered.sure_above);
+                        Ok(Tell::Offer { id, terms, signature: offered.signature, credit, sure_above })
+                    })?;
+                }
+                Ask::Fund { id, terms, offer, before, voucher, signature } => {
+                    let peer = session.peer.clone();
+                    let funding = Funding { terms: *terms, offer, before, voucher: *voucher, signature };
+                    self.question(session, id, async move |seller| {
+                        let tab = seller.fund(&peer, funding).await?;
+                        Ok(Tell::Funded { id, deposit: tab.deposit() })
+                    })?;
+                }
+                Ask::Settle { id, paid_by } => {
+                    let peer = session.peer.clone();
+                    self.question(session, id, async move |seller| {
+                        let amount = seller.end(&peer, &paid_by)?;
+                        Ok(Tell::Settling { id, amount })
+                    })?;
+                }
+                // In order, and each on disk before the next is looked at.
+                Ask::Pay { voucher, signature, answers } => {
+                    let paid_by = voucher.session.clone();
+                    if let Err(why) = self.pay(session, *voucher, signature, answers).await {
+                        tracing::warn!(session = %paid_by, peer = %session.peer, code = %why.code, %why, "A voucher was not taken.");
+                        session.note(&Tell::Unpaid { paid_by, why })?;
+                    }
+                }
                 Ask::Read { id, next } => {
                     let mut state = session.state.lock();
                     if state.requests.get_mut(&id).is_some_and(|request| request.advance(next)) {
@@ -241,38 +287,101 @@ impl Sessions {
                 Ask::Hello { .. } | Ask::Resume { .. } => {
                     return Err(PluginError::new(Code::Protocol, "a conversation has one beginning"));
                 }
-                _ => {}
+                Ask::Unknown => {}
             }
         }
     }
 
-    fn infer(&self, session: &Arc<Session>, id: u64, request: Generation, window: u32, timeout_ms: u64) -> Result<()> {
+    fn seller(&self) -> Result<Arc<Seller>> {
+        self.0.seller.clone().ok_or_else(|| PluginError::invalid("nothing is charged here: ask without a session"))
+    }
+
+    /// Answers a question about prices or deposits, beside what else is said.
+    fn question<F>(&self, session: &Arc<Session>, id: u64, answer: impl FnOnce(Arc<Seller>) -> F) -> Result<()>
+    where
+        F: Future<Output = Result<Tell>> + Send + 'static,
+    {
+        let failed = move |refusal: PluginError| Tell::Failed { id, seq: 0, refusal };
+        let seller = match self.seller() {
+            Ok(seller) => seller,
+            Err(refusal) => return session.note(&failed(refusal)),
+        };
+        let answer = answer(seller);
+        let (asked, state) = (session.clone(), &mut *session.state.lock());
+        while state.questions.try_join_next().is_some() {}
+        if state.questions.len() >= MOST_QUESTIONS {
+            let why = format!("{MOST_QUESTIONS} questions of this session are being answered");
+            let refusal = PluginError::new(Code::Overloaded, why).retry_after(Duration::from_secs(1));
+            return state.note(&failed(refusal)).map(|()| session.changed.notify_one());
+        }
+        state.questions.spawn(async move {
+            let told = answer.await.unwrap_or_else(failed);
+            // A peer that reads nothing has lost its session: the reader of its messages finds out.
+            let _ = asked.note(&told);
+        });
+        Ok(())
+    }
+
+    /// What counts for a request; `None` where nothing is charged.
+    async fn meter(
+        &self,
+        session: &Session,
+        id: u64,
+        request: &Generation,
+        paid_by: Option<&SessionId>,
+        infer: &[u8],
+    ) -> Result<Option<Meter>> {
+        let Some(seller) = &self.0.seller else {
+            return match paid_by {
+                None => Ok(None),
+                Some(_) => self.seller().map(|_| None),
+            };
+        };
+        let tab = seller.tab_for(&session.peer, &request.model, paid_by).await?;
+        Ok(tab.map(|tab| tab.meter(session.answer_name(id), infer, estimated_tokens(&request.input))))
+    }
+
+    async fn pay(&self, session: &Session, voucher: Voucher, signature: Signature, answers: Vec<u64>) -> Result<()> {
+        let answers: Vec<AnswerName> = answers.into_iter().map(|id| session.answer_name(id)).collect();
+        self.seller()?.pay(&session.peer, voucher, signature, &answers).await
+    }
+
+    /// `meter` counts what it costs, or says why it is not answered.
+    fn infer(
+        &self,
+        session: &Arc<Session>,
+        id: u64,
+        request: Generation,
+        window: u32,
+        timeout_ms: u64,
+        meter: Result<Option<Meter>>,
+    ) -> Result<()> {
         let mut state = session.state.lock();
         if state.requests.contains_key(&id) {
             return Err(PluginError::new(Code::Protocol, "a request has the id of one that runs"));
         }
-        let full = state.requests.len() >= MOST_REQUESTS;
-        if full || self.is_draining() {
-            let refusal = match full {
-                true => {
-                    let why = format!("{MOST_REQUESTS} requests of this session are not read to their end");
-                    PluginError::new(Code::Overloaded, why).retry_after(Duration::from_secs(1))
-                }
-                false => PluginError::unavailable("the node is about to leave"),
-            };
-            state.notices.push_back(wire::encode(&Tell::Failed { id, seq: 0, refusal })?);
-            // A peer that asks on and on without reading what it is told has lost its session.
-            if state.notices.len() > 2 * MOST_REQUESTS {
-                return Err(PluginError::new(Code::Protocol, "the peer does not read why its requests are refused"));
+        let meter = if state.requests.len() >= MOST_REQUESTS {
+            let why = format!("{MOST_REQUESTS} requests of this session are not read to their end");
+            Err(PluginError::new(Code::Overloaded, why).retry_after(Duration::from_secs(1)))
+        } else if self.is_draining() {
+            Err(PluginError::unavailable("the node is about to leave"))
+        } else {
+            meter
+        };
+        let meter = match meter {
+            Ok(meter) => meter,
+            Err(refusal) => {
+                state.note(&Tell::Failed { id, seq: 0, refusal })?;
+                drop(state);
+                session.changed.notify_one();
+                return Ok(());
             }
-            drop(state);
-            session.changed.notify_one();
-            return Ok(());
-        }
+        };
         // Two clients must not share what the model has cached, nor overtake others.
         let request = Generation { cache_salt: session.peer.to_string(), priority: 0, ..request };
         let moved = Arc::<Notify>::default();
-        let task = answer(self.0.scheduler.clone(), session.clone(), id, request, Duration::from_millis(timeout_ms).min(LONGEST));
+        let timeout = Duration::from_millis(timeout_ms).min(LONGEST);
+        let task = answer(self.0.scheduler.clone(), session.clone(), id, request, timeout, meter);
         let request = Request {
             window: window.clamp(1, MAX_WINDOW).into(),
             read: 0,
@@ -328,7 +437,37 @@ impl Drop for Parting<'_> {
     }
 }
 
+impl State {
+    /// Says something that is about no piece of an answer.
+    fn note(&mut self, tell: &Tell) -> Result<()> {
+        self.notices.push_back(wire::encode(tell)?);
+        // A peer that asks on and on without reading what it is told has lost its session.
+        match self.notices.len() > 2 * MOST_REQUESTS {
+            true => Err(PluginError::new(Code::Protocol, "the peer does not read what it is told")),
+            false => Ok(()),
+        }
+    }
+}
+
 impl Session {
+    fn note(&self, tell: &Tell) -> Result<()> {
+        let noted = self.state.lock().note(tell);
+        self.changed.notify_one();
+        noted
+    }
+
+    /// Reminds the peer of what is due, unless it has so much unread already that it would not help.
+    fn remind(&self, paid_by: &SessionId, due: Due) {
+        let Due { amount, input_tokens, output_tokens } = due;
+        if self.state.lock().notices.len() < MOST_REQUESTS {
+            let _ = self.note(&Tell::Due { paid_by: paid_by.clone(), amount, input_tokens, output_tokens });
+        }
+    }
+
+    fn answer_name(&self, id: u64) -> AnswerName {
+        (self.token.secret().to_owned(), id)
+    }
+
     /// Makes another conversation the one that is written to.
     fn resume(&self, requests: &[wire::From]) -> Result<u64> {
         let mut state = self.state.lock();
@@ -421,51 +560,85 @@ async fn write(session: Arc<Session>, conversation: u64, outgoing: Sender<Blob>)
     }
 }
 
-/// Asks the scheduler, and adds the pieces of the answer as they come.
-async fn answer(scheduler: Arc<Scheduler>, session: Arc<Session>, id: u64, request: Generation, timeout: Duration) {
+/// Asks the scheduler, and adds the pieces of the answer as they come, and as they are paid.
+async fn answer(
+    scheduler: Arc<Scheduler>,
+    session: Arc<Session>,
+    id: u64,
+    request: Generation,
+    timeout: Duration,
+    mut meter: Option<Meter>,
+) {
     let cx = Cx::new().with_timeout(timeout);
-    let failed = |seq, refused: Refused| {
-        let retry_after_ms = refused.retry_after.map(|wait| wait.as_millis() as u64);
-        Tell::Failed { id, seq, refusal: PluginError { retry_after_ms, ..PluginError::new(refused.code, refused.message) } }
-    };
+    let failed = |seq, refusal| Tell::Failed { id, seq, refusal };
+    let paid_by = meter.as_ref().map(|meter| meter.session().clone()).unwrap_or_default();
+    let remind = |due| session.remind(&paid_by, due);
+    if let Some(meter) = &meter
+        && let Err(refusal) = meter.admit(&remind).await
+    {
+        return add(&session, id, 0, &failed(0, refusal)).await;
+    }
     let mut answer = match scheduler.generate(cx, request).await {
         Ok(answer) => answer,
-        Err(refused) => return add(&session, id, 0, &failed(0, refused)).await,
+        Err(refused) => return add(&session, id, 0, &failed(0, told(refused))).await,
     };
     let mut seq = 0;
     while let Some(chunk) = answer.next().await {
-        let (tell, over) = match chunk {
-            Ok(chunk) => {
-                let over = matches!(chunk, Chunk::Done(_));
-                (Tell::Chunk { id, seq, chunk }, over)
+        let chunk = match chunk {
+            Ok(Chunk::Text(text)) => text,
+            ended => {
+                // The slot is free before the asker has read the end.
+                drop(answer);
+                let last = match ended {
+                    Ok(chunk) => Tell::Chunk { id, seq, chunk },
+                    Err(refused) => failed(seq, told(refused)),
+                };
+                return end(&session, id, seq, &last, meter).await;
             }
-            Err(refused) => (failed(seq, refused), true),
         };
-        if over {
-            // The slot is free before the asker has read the end.
-            drop(answer);
-            return add(&session, id, seq, &tell).await;
-        }
+        let tell = Tell::Chunk { id, seq, chunk: Chunk::Text(chunk) };
         let Ok(piece) = wire::encode(&tell) else {
             let refusal = PluginError::internal("a piece of the answer is larger than a message may be");
-            return add(&session, id, seq, &Tell::Failed { id, seq, refusal }).await;
+            return add(&session, id, seq, &failed(seq, refusal)).await;
         };
+        if let (Some(meter), Tell::Chunk { chunk: Chunk::Text(text), .. }) = (&mut meter, &tell)
+            && let Err(refusal) = meter.release(text, &piece, &remind).await
+        {
+            drop(answer);
+            return add(&session, id, seq, &failed(seq, refusal)).await;
+        }
         match tokio::time::timeout(STALL, session.add(id, seq, piece, false)).await {
             Ok(true) => seq += 1,
             Ok(false) => return,
             Err(_) => {
                 drop(answer);
                 let refusal = PluginError::new(Code::DeadlineExceeded, "the answer was not read in time");
-                return add(&session, id, seq, &Tell::Failed { id, seq, refusal }).await;
+                return add(&session, id, seq, &failed(seq, refusal)).await;
             }
         }
     }
 }
 
-/// Adds an answer's last piece.
-async fn add(session: &Session, id: u64, seq: u64, last: &Tell) {
+fn told(refused: Refused) -> PluginError {
+    let retry_after_ms = refused.retry_after.map(|wait| wait.as_millis() as u64);
+    PluginError { retry_after_ms, ..PluginError::new(refused.code, refused.message) }
+}
+
+/// Adds an answer's last piece, and counts what the whole has come to.
+async fn end(session: &Session, id: u64, seq: u64, last: &Tell, meter: Option<Meter>) {
     match wire::encode(last) {
-        Ok(piece) => drop(session.add(id, seq, piece, true).await),
+        Ok(piece) => {
+            if let (Some(meter), Tell::Chunk { chunk: Chunk::Done(done), .. }) = (meter, last) {
+                meter.done(&done.usage, &piece);
+            }
+            // Where nobody wants it any more, it was still counted.
+            let _ = session.add(id, seq, piece, true).await;
+        }
         Err(error) => tracing::error!(%error, "The end of an answer cannot be sent."),
     }
+}
+
+/// Adds an answer's last piece, which costs nothing.
+async fn add(session: &Session, id: u64, seq: u64, last: &Tell) {
+    end(session, id, seq, last, None).await;
 }

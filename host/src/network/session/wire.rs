@@ -32,6 +32,13 @@ impl Token {
     }
 }
 
+impl Token {
+    /// All of it: not for logs.
+    pub fn secret(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Whoever reads a log must not be able to take a session over.
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
