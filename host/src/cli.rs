@@ -16,6 +16,7 @@ mod chat;
 mod config;
 mod earnings;
 mod job;
+mod jobs;
 mod keys;
 mod log;
 mod market;
@@ -61,6 +62,8 @@ enum Command {
     Job(job::Job),
     Earnings(earnings::Earnings),
     Market(market::Market),
+    Jobs(jobs::Jobs),
+    Why(jobs::Why),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -195,6 +198,8 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Job(job) => job.execute(json),
         Command::Earnings(earnings) => earnings.execute(json),
         Command::Market(market) => market.execute(json),
+        Command::Jobs(jobs) => jobs.execute(json),
+        Command::Why(why) => why.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -34,11 +34,15 @@ CREATE TABLE jobs (
     input_commitment TEXT NOT NULL,
     input_ref        TEXT NOT NULL,
     block            INTEGER NOT NULL,
-    -- seen, declined, missed, claiming, claimed, working, stored, submitting, submitted, settled, failed
+    -- seen, declined, missed, claiming, claimed, working, stored, submitting, submitted, abandoning, settled, failed
     state            TEXT NOT NULL,
     -- A word for the cause, and a sentence.
     cause            TEXT,
     why              TEXT,
+    -- What the model is called here, once the job is taken.
+    model            TEXT,
+    -- The block of the event that ended it: when that is taken back, so is the end.
+    ended_block      INTEGER,
     -- How often something was ordered for it that came to nothing: each time, orders have new keys.
     attempt          INTEGER NOT NULL DEFAULT 0,
     -- JobResult, as JSON, once it is stored.
