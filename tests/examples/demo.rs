@@ -18,8 +18,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 const QUESTION: &str = "What is the capital of France?";
 const STORAGE: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
-/// What the client puts down at most, for a session and for a job.
-const MOST: &str = "0.01eth";
+/// What the client puts down at most, for a session and for a job. From market.sure_above_wei on, a node waits for a safe block.
+const MOST: &str = "0.005eth";
 const STAKE: &str = "1eth";
 /// How long the node may take to hand in the vouchers of a session that is over.
 const SETTLED: Duration = Duration::from_secs(60);

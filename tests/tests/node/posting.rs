@@ -192,6 +192,8 @@ fn nothing_earned_is_said_so_with_and_without_a_chain() {
     assert!(alone["chain"].is_null() && alone["chain_error"].as_str().is_some_and(|why| why.contains("keys new")), "{alone:#}");
 }
 
+/// Below the amount from which on a node waits for a safe block, which a development chain has late.
+const HALF: u128 = MAX / 2;
 /// Where a node's storage keeps its results.
 const DISK: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
 
@@ -211,7 +213,7 @@ async fn a_job_is_worked_its_result_checked_and_accepting_it_pays_the_node() {
     let before = balances(&client);
 
     // By the model's name, at the price that its node asks, and waited for.
-    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.01eth", "--temperature", "0", "--wait"];
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.005eth", "--temperature", "0", "--wait"];
     let posted = client.ran(&[&post[..], &bootstrap, &["What is the capital of France?"]].concat()).json();
     assert!(posted["output"]["text"].as_str().is_some_and(|text| text.contains("Paris")), "{posted:#}");
     assert!(PRICES.replace('_', "").contains(posted["terms"]["price_output_per_mtok"].as_str().expect("a price")), "{posted:#}");
@@ -228,14 +230,14 @@ async fn a_job_is_worked_its_result_checked_and_accepting_it_pays_the_node() {
     })
     .await;
     let price = wei(&earned["outstanding"]);
-    assert!(price > 0 && price < MAX && wei(&earned["earned"]) == 0, "{earned:#}");
+    assert!(price > 0 && price < HALF && wei(&earned["earned"]) == 0, "{earned:#}");
 
     let accepted = client.ran(&[&["job", "result", "1", "--accept", "--json"], &bootstrap[..]].concat()).json();
     assert_eq!(accepted["output"], posted["output"]);
     let division = &accepted["division"];
-    assert_eq!((wei(&division["to_host"]), wei(&division["to_client"])), (price, MAX - price), "{accepted:#}");
+    assert_eq!((wei(&division["to_host"]), wei(&division["to_client"])), (price, HALF - price), "{accepted:#}");
     let fees = fee + wei(&accepted["order"]["fee"]);
-    assert_eq!(balances(&client), (before.0 - MAX - fees, before.1 + MAX - price), "to the wei");
+    assert_eq!(balances(&client), (before.0 - HALF - fees, before.1 + HALF - price), "to the wei");
     assert!(client.ran(&["job", "status", "1"]).out.contains("is paid"));
     assert!(refusal(&client.run(&["job", "accept", "1", "--json"]), "nothing").contains("is paid"));
     let earned = eventually("the node notes its pay", LIMIT, async || {
@@ -256,7 +258,7 @@ async fn a_node_that_gives_another_result_than_it_has_committed_to_is_not_believ
     provider.node.serves("tiny-chat").await;
     let client = place(&chain, CLIENT, "", "", NET);
     let bootstrap = ["--bootstrap", provider.address.as_str()];
-    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.01eth", "--challenge-within", "600", "--wait"];
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.005eth", "--challenge-within", "600", "--wait"];
     let posted = client.ran(&[&post[..], &bootstrap, &["Hello"]].concat()).json();
     let text = posted["output"]["text"].as_str().expect("a text");
 
