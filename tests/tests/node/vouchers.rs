@@ -328,7 +328,10 @@ async fn a_killed_node_loses_at_most_the_credit() {
         .await;
         provider = Provider::of(node).await;
     }
-    println!("{RUNS} kills: at most {most_lost} wei were lost, the credit is {credit}; {} sessions had a voucher", sessions.len());
+    println!(
+        "{RUNS} kills: at most {most_lost} wei were lost, the credit is {credit}; {} sessions had a voucher",
+        sessions.len()
+    );
     assert!(sessions.len() > RUNS / 2, "most kills come after a voucher");
     let began = Instant::now();
     eventually("all that was promised is paid", Duration::from_secs(60), async || {
