@@ -13,6 +13,7 @@ use crate::config::{Flag, Loaded, Problems, Sources};
 
 mod chat;
 mod config;
+mod jobs;
 mod keys;
 mod log;
 mod market;
@@ -56,6 +57,8 @@ enum Command {
     Peers(network::Peers),
     Connect(network::Connect),
     Market(market::Market),
+    Jobs(jobs::Jobs),
+    Why(jobs::Why),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -183,6 +186,8 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Peers(peers) => peers.execute(json),
         Command::Connect(connect) => connect.execute(json),
         Command::Market(market) => market.execute(json),
+        Command::Jobs(jobs) => jobs.execute(json),
+        Command::Why(why) => why.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -4,6 +4,7 @@
 //! market.rs   finds who offers a model, asks each what it has, and ranks them
 //! remote.rs   one node's models, as an implementation of the kind inference
 //! link.rs     the session with that node: many requests, kept over a drop
+//! result.rs   what came of a posted job, from the node that has it
 //! visit.rs    the transport plugin, for as long as it takes
 //! ```
 //!
@@ -13,7 +14,9 @@
 mod link;
 mod market;
 mod remote;
+mod result;
 mod visit;
 
 pub use market::{Found, Market, Wanted, ask_all, find};
+pub use result::fetch;
 pub use visit::{Visit, VisitError};

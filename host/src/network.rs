@@ -3,6 +3,7 @@
 //! ```text
 //! /fabstir/capability/1   capability.rs   what is offered here now, signed
 //! /fabstir/session/1      session.rs      requests and their answers
+//! /fabstir/result/1       results.rs      what came of posted jobs
 //! topics.rs                               under which keys the network is told that a model is here
 //! ```
 //!
@@ -31,6 +32,7 @@ use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
 
 pub mod capability;
+pub mod results;
 pub mod session;
 pub mod topics;
 
@@ -114,8 +116,15 @@ impl Network {
                 let (network, peer) = (self.clone(), peer.clone());
                 move |transport, arrival| network.clone().answer(transport, arrival, peer.clone())
             });
+            let results = async {
+                // Who takes no jobs has no results.
+                if let Some(seller) = &self.seller {
+                    let give = move |transport, arrival| results::give(seller.clone(), transport, arrival);
+                    self.clone().listen(&route.client, results::PROTOCOL, give).await;
+                }
+            };
             let announced = self.announce(&route, routes, &stop);
-            tokio::join!(sessions, questions, announced);
+            tokio::join!(sessions, questions, results, announced);
         };
         tokio::select! {
             () = work => {}

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use fabstir_host::identity::Account as Key;
+use fabstir_host::market::posting::{JobOutput, ResultRef};
 use fabstir_host::market::transcript::{self, AnswerHash};
 use fabstir_host::market::{Desk, Limits, Prices};
 use fabstir_host::network::session::wire::{self, Ask, Tell};
@@ -79,6 +80,11 @@ impl Payer {
         talk.say(&Ask::Hello { version: wire::VERSION }).await;
         assert!(matches!(talk.hear().await.0, Tell::Welcome { .. }));
         talk
+    }
+
+    /// What came of a posted job, from the node at an address.
+    pub async fn result(&self, address: &str, result: &ResultRef, commitment: &Hash32) -> Result<JobOutput, PluginError> {
+        fabstir_host::consumer::fetch(&self.transport, vec![address.to_owned()], result, commitment).await
     }
 
     /// The terms that the node offers for a model.

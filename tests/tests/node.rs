@@ -8,6 +8,8 @@ mod chat;
 mod clients;
 #[path = "node/faults.rs"]
 mod faults;
+#[path = "node/jobs.rs"]
+mod jobs;
 #[path = "node/keys.rs"]
 mod keys;
 #[path = "node/load.rs"]

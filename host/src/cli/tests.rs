@@ -71,6 +71,8 @@ fn every_command_takes_json() {
         "plugin lock",
         "config check",
         "config show",
+        "jobs",
+        "why",
     ] {
         let words = ["fabstir-node"].into_iter().chain(line.split(' ')).chain(["--json"]);
         assert!(Cli::try_parse_from(words).expect(line).json, "{line}");

@@ -1,6 +1,7 @@
 //! The node as one who is paid: the account it acts with, for as long as there is a way to the chain.
 //!
 //! ```text
+//! jobs.rs      posted jobs: judged, claimed, worked on, handed in
 //! sessions.rs  paid sessions: offers, funding, vouchers
 //! tab.rs       what one client owes in one of them
 //! settling.rs  hands the best vouchers in, when their time has come
@@ -22,6 +23,7 @@ use crate::network::now_ms;
 use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
 
+pub mod jobs;
 pub mod sessions;
 mod settling;
 pub mod tab;
@@ -108,10 +110,10 @@ impl Seller {
         self.desk.borrow().clone().ok_or_else(unavailable)
     }
 
-    /// Acts through the best chain plugin that there is, until `stop`.
+    /// Acts through the best chain plugin that there is, until `stop`; then lets what is in work end, and returns.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let mut routes = self.routes.clone();
-        loop {
+        while !stop.is_cancelled() {
             let best = routes.borrow_and_update().chain.first().cloned();
             let generation = best.as_ref().map(|route| (route.plugin.clone(), route.generation));
             let is_another = |routes: &Arc<Routes>| {
@@ -121,32 +123,35 @@ impl Seller {
             };
             let work = async {
                 match best {
-                    Some(route) => self.act(route).await,
-                    None => std::future::pending().await,
+                    Some(route) => self.act(route, &stop).await,
+                    None => stop.cancelled().await,
                 }
+                tokio::time::timeout(AGAIN, stop.cancelled()).await.is_ok()
             };
-            let ended = tokio::select! {
+            let other = routes.wait_for(is_another);
+            tokio::select! {
                 // A plugin that cannot be acted through now may be later.
-                () = async { work.await; tokio::time::sleep(AGAIN).await } => false,
-                changed = routes.wait_for(is_another) => changed.is_err(),
-                () = stop.cancelled() => true,
-            };
-            self.desk.send_replace(None);
-            if ended {
-                return;
+                _ = work => {}
+                changed = other => if changed.is_err() { break },
             }
+            self.desk.send_replace(None);
         }
+        self.desk.send_replace(None);
     }
 
-    /// One generation of the chain plugin. Ends where nothing can be done with it.
-    async fn act(&self, route: Arc<Route<dyn Chain>>) {
+    /// One generation of the chain plugin. Ends where nothing can be done with it, and after `stop`.
+    async fn act(self: &Arc<Self>, route: Arc<Route<dyn Chain>>, stop: &CancellationToken) {
         let desk = match self.sit_down(&route).await {
             Ok(desk) => desk,
             Err(error) => return tracing::error!(plugin = %route.plugin, %error, "The market cannot be acted in; trying again."),
         };
         tracing::info!(plugin = %route.plugin, account = %desk.account, chain = %desk.network.chain, "Acting in the market.");
         self.desk.send_replace(Some(desk.clone()));
-        self.settle(&desk).await;
+        tokio::select! {
+            // What is in work may end after `stop`, and what it brings is settled meanwhile.
+            () = jobs::run(self, &desk, stop) => {}
+            () = self.settle(&desk) => {}
+        }
     }
 
     async fn sit_down(&self, route: &Route<dyn Chain>) -> Result<Arc<Desk>, DeskError> {

@@ -34,11 +34,17 @@ CREATE TABLE jobs (
     input_commitment TEXT NOT NULL,
     input_ref        TEXT NOT NULL,
     block            INTEGER NOT NULL,
-    -- seen, declined, missed, claiming, claimed, working, stored, submitting, submitted, settled, failed
+    -- seen, declined, missed, claiming, claimed, working, stored, submitting, submitted, abandoning, settled, failed
     state            TEXT NOT NULL,
     -- A word for the cause, and a sentence.
     cause            TEXT,
     why              TEXT,
+    -- What the model is called here, once the job is taken.
+    model            TEXT,
+    -- The block of the event that ended it: when that is taken back, so is the end.
+    ended_block      INTEGER,
+    -- How often something was ordered for it that came to nothing: each time, orders have new keys.
+    attempt          INTEGER NOT NULL DEFAULT 0,
     -- JobResult, as JSON, once it is stored.
     result           TEXT,
     -- What the contract has paid out, once the job is settled.
@@ -47,6 +53,7 @@ CREATE TABLE jobs (
     changed_ms       INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX jobs_by_state ON jobs (state);
+CREATE INDEX jobs_by_result ON jobs (json_extract(result, '$.output_commitment'));
 
 -- Sessions that this account has paid for, as a client.
 CREATE TABLE purchases (

@@ -1,0 +1,515 @@
+//! Posted jobs: seen on the chain, judged, claimed, worked on, handed in and paid.
+//!
+//! ```text
+//! events --> note --> look --> claim --> work --> store --> submit --> settle
+//!            (journal)  |        \_________________________/
+//!                       |          carrying.rs, one task each
+//!                       +-- verdict.rs (whether), Lane::check (what the chain says)
+//! ```
+//!
+//! Every arrow is in the journal before it is acted on, and every state can be entered from there alone: a job that was under way when the
+//! node ended is carried on by the same task that a new one gets. An order's key is made of the job's number and its attempt, so that an
+//! order that was placed is followed, and not placed again.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use fabstir_plugin_api::chain::{Act, Cursor, Job, JobId, ModelId, Notice, Since, Sure};
+use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::error::{Code, PluginError};
+use fabstir_plugin_api::stream::Stream;
+use futures::FutureExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::{AGAIN, Seller};
+use crate::market::journal::JournalError;
+use crate::market::journal::jobs::{self, JobRow, Meant, State, Step};
+use crate::market::{Desk, DeskError};
+use crate::network::now_ms;
+
+mod carrying;
+mod due;
+mod verdict;
+
+pub use verdict::Cause;
+#[cfg(test)]
+pub(crate) use verdict::tests::row as example;
+
+use carrying::Carrier;
+use due::Due;
+use verdict::{FEE_SHARE, OnChain, Served, Standing, Verdict, compare, judge};
+
+/// How long a call that reads the chain may take.
+const CALL: Duration = Duration::from_secs(10);
+/// Notices that one write of the journal takes together.
+const MOST_NOTICES: usize = 1024;
+/// Jobs that are looked at together. Those behind them come when these are done with.
+const MOST_LOOKED: usize = 1024;
+/// Jobs in work that are carried on after a start.
+const MOST_IN_WORK: usize = 4096;
+/// How often what has waited is looked at again.
+const TICK: Duration = Duration::from_secs(1);
+/// How long the cursor may be behind what was read where nothing has happened: a start reads so much again, and no more.
+const CURSOR_AGE: Duration = Duration::from_secs(30);
+
+/// Why the lane stands still. It is tried again.
+#[derive(Debug, thiserror::Error)]
+enum LaneError {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("the chain: {0}")]
+    Chain(#[from] PluginError),
+}
+
+/// The contracts' clock: the newest block's time, or this machine's where that is later, as it will be in the next block.
+#[derive(Default)]
+struct Clock(AtomicU64);
+
+impl Clock {
+    fn block(&self, time_s: u64) {
+        self.0.fetch_max(time_s, Ordering::Relaxed);
+    }
+
+    fn now_s(&self) -> u64 {
+        self.0.load(Ordering::Relaxed).max(now_ms() / 1000)
+    }
+}
+
+/// What the lane and the tasks of its jobs share.
+struct Shared {
+    seller: Arc<Seller>,
+    desk: Arc<Desk>,
+    stop: CancellationToken,
+    clock: Clock,
+    /// Jobs that are taken and do not generate yet: each will want a slot that is still free now.
+    coming: AtomicU32,
+}
+
+impl Shared {
+    /// A job as the chain has it; `None` where it has none.
+    async fn job(&self, id: JobId, sure: Sure) -> Result<Option<Job>, PluginError> {
+        match self.desk.chain.job(&Cx::new().with_timeout(CALL), id, sure).await {
+            Ok(job) => Ok(Some(job)),
+            Err(error) if error.code == Code::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn on_chain(&self, row: &JobRow, sure: Sure) -> Result<OnChain, PluginError> {
+        Ok(compare(row, self.job(row.id, sure).await?.as_ref(), &self.desk.account))
+    }
+
+    /// The models that are served and have a name on the chain.
+    async fn models(&self) -> Result<Vec<Served>, PluginError> {
+        let coming = self.coming.load(Ordering::Relaxed);
+        let mut models = Vec::new();
+        for model in self.seller.scheduler.models() {
+            let Some(digest) = model.digest else { continue };
+            let id: ModelId = match self.desk.chain.model_id(&Cx::new().with_timeout(CALL), digest).await {
+                Ok(id) => id,
+                // A plugin of another maker may say something else than a digest: then this model has no name there.
+                Err(error) if error.code == Code::InvalidArgument => continue,
+                Err(error) => return Err(error),
+            };
+            let is_free = self.seller.scheduler.free(&model.id) > coming;
+            models.push(Served { name: model.id, id, context: model.context, is_free });
+        }
+        Ok(models)
+    }
+}
+
+/// Takes jobs and carries them on until `stop`; then takes no new one, lets those in work end, and returns.
+pub async fn run(seller: &Arc<Seller>, desk: &Arc<Desk>, stop: &CancellationToken) {
+    let takes = seller.config.jobs > 0;
+    let shared = Arc::new(Shared {
+        seller: seller.clone(),
+        desk: desk.clone(),
+        stop: stop.clone(),
+        clock: Clock::default(),
+        coming: AtomicU32::new(0),
+    });
+    // One for what was taken before no more jobs were wanted.
+    let slots = Arc::new(Semaphore::new(seller.config.jobs.max(1) as usize));
+    let mut lane = Lane {
+        shared,
+        takes,
+        slots,
+        tasks: JoinSet::new(),
+        running: HashMap::new(),
+        later: HashMap::new(),
+        due: Due::default(),
+        is_up: false,
+        marked: None,
+    };
+    loop {
+        let error = match lane.watch().await {
+            Ok(()) => break,
+            Err(error) => error,
+        };
+        tracing::warn!(%error, "Posted jobs are not followed at the moment; trying again.");
+        tokio::select! {
+            () = tokio::time::sleep(AGAIN) => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    while lane.tasks.join_next().await.is_some() {}
+}
+
+/// What was found out about a job from the chain.
+enum Checked {
+    Good,
+    Wait(Cause, String),
+    /// To be noted: it can be over, or this node's already.
+    Step(Step),
+}
+
+struct Lane {
+    shared: Arc<Shared>,
+    /// Whether new jobs are wanted.
+    takes: bool,
+    /// One for each job that may be in work.
+    slots: Arc<Semaphore>,
+    tasks: JoinSet<()>,
+    running: HashMap<JobId, AbortHandle>,
+    /// Jobs that are not looked at before this moment.
+    later: HashMap<JobId, Instant>,
+    due: Due,
+    /// Whether all that has happened so far is in the journal.
+    is_up: bool,
+    /// The last cursor in the journal, and when it was written.
+    marked: Option<(Cursor, Instant)>,
+}
+
+impl Lane {
+    async fn watch(&mut self) -> Result<(), LaneError> {
+        let in_work = self.shared.seller.journal.jobs(&State::IN_WORK, 1).await?;
+        let submitted = self.shared.seller.journal.jobs(&[State::Submitted], 1).await?;
+        if !self.takes && in_work.is_empty() && submitted.is_empty() {
+            self.shared.stop.cancelled().await;
+            return Ok(());
+        }
+        let mut routes = self.shared.seller.routes.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut notices = self.events().await?;
+        loop {
+            let look;
+            let mut carry = false;
+            tokio::select! {
+                () = self.shared.stop.cancelled() => return Ok(()),
+                notice = notices.next() => {
+                    let first = notice.unwrap_or_else(|| Err(PluginError::unavailable("the chain plugin tells no more events")))?;
+                    let was_up = self.is_up;
+                    look = self.note(first, &mut notices).await? || self.is_up != was_up;
+                    carry = look;
+                }
+                Some(ended) = self.tasks.join_next() => {
+                    if let Err(error) = ended && error.is_panic() {
+                        tracing::error!(%error, "The work on a job ended by a fault of this program; it is carried on.");
+                    }
+                    look = true;
+                }
+                changed = routes.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                    look = true;
+                }
+                _ = tick.tick() => (look, carry) = (true, true),
+            }
+            if carry {
+                self.carry_on().await?;
+            }
+            if look && self.is_up {
+                self.look().await?;
+                self.due.settle(&self.shared).await?;
+            }
+        }
+    }
+
+    /// The name of the cursor in the journal: that of another market means nothing here.
+    fn mark(&self) -> String {
+        format!("jobs of {}", self.shared.desk.network.domain)
+    }
+
+    async fn events(&mut self) -> Result<Stream<Notice>, LaneError> {
+        let name = self.mark();
+        let known = self.shared.seller.journal.write(move |transaction| jobs::mark(transaction, &name)).await?;
+        let chain = &self.shared.desk.chain;
+        let since = known.map_or(Since::Beginning, |cursor| Since::After(Cursor(cursor)));
+        match chain.events(&Cx::new(), since.clone()).await {
+            Err(error) if error.code == Code::InvalidArgument && since != Since::Beginning => {
+                tracing::warn!(%error, "The chain plugin does not know how far it was read; reading from the beginning.");
+                Ok(chain.events(&Cx::new(), Since::Beginning).await?)
+            }
+            events => Ok(events?),
+        }
+    }
+
+    /// Writes down what is told, as much together as has come; says whether a job has to be looked at.
+    async fn note(&mut self, first: Notice, notices: &mut Stream<Notice>) -> Result<bool, LaneError> {
+        let mut batch = vec![first];
+        while batch.len() < MOST_NOTICES
+            && let Some(next) = notices.next().now_or_never()
+        {
+            match next {
+                Some(Ok(notice)) => batch.push(notice),
+                // Told again by the next read, once this much is written.
+                _ => break,
+            }
+        }
+        let mut cursor = None;
+        let mut has_events = false;
+        for notice in &batch {
+            match notice {
+                Notice::Event { cursor: at, block, .. } => {
+                    (cursor, has_events) = (Some(at.clone()), true);
+                    self.shared.clock.block(block.time_s);
+                }
+                Notice::UpTo { cursor: at, block } => {
+                    cursor = Some(at.clone());
+                    self.shared.clock.block(block.time_s);
+                }
+                Notice::Back { cursor: at, .. } => (cursor, has_events) = (at.clone().or(cursor), true),
+                Notice::Unknown => {}
+            }
+        }
+        self.is_up = matches!(batch.last(), Some(Notice::UpTo { .. }));
+        let is_old = self.marked.as_ref().is_none_or(|(at, when)| Some(at) != cursor.as_ref() && when.elapsed() > CURSOR_AGE);
+        if !has_events && !is_old {
+            return Ok(false);
+        }
+        let (account, takes, name) = (self.shared.desk.account.clone(), self.takes, self.mark());
+        let mark = cursor.clone();
+        let meant = self
+            .shared
+            .seller
+            .journal
+            .write(move |transaction| {
+                let mut meant = Vec::new();
+                for notice in &batch {
+                    match notice {
+                        Notice::Event { block, event, .. } => {
+                            meant.push(jobs::note(transaction, &account, takes, block.number, event)?);
+                        }
+                        Notice::Back { number, .. } => {
+                            jobs::back(transaction, *number)?;
+                            tracing::warn!(number, "The chain has taken blocks back.");
+                            meant.push(Meant::Seen(0));
+                        }
+                        Notice::UpTo { .. } | Notice::Unknown => {}
+                    }
+                }
+                if let Some(Cursor(cursor)) = &mark {
+                    jobs::set_mark(transaction, &name, cursor)?;
+                }
+                Ok(meant)
+            })
+            .await?;
+        if let Some(cursor) = cursor {
+            self.marked = Some((cursor, Instant::now()));
+        }
+        Ok(self.act_on(&meant))
+    }
+
+    /// Tells of what has happened, and ends what need not be done any more.
+    fn act_on(&mut self, meant: &[Meant]) -> bool {
+        for meant in meant {
+            match meant {
+                Meant::Settled { job, paid } => {
+                    tracing::info!(job, paid_wei = %paid, "Job settled.");
+                    self.drop_task(*job);
+                }
+                Meant::Over { job, cause, worked: true } => {
+                    tracing::warn!(job, cause, "Job is over, and not paid.");
+                    self.drop_task(*job);
+                }
+                Meant::Over { .. } | Meant::Seen(_) | Meant::Nothing => {}
+            }
+        }
+        meant.iter().any(|meant| *meant != Meant::Nothing)
+    }
+
+    /// The journal says that it is over: what the task would still do is of no use.
+    fn drop_task(&mut self, job: JobId) {
+        if let Some(task) = self.running.remove(&job) {
+            task.abort();
+        }
+    }
+
+    /// Gives every job in work that has no task one.
+    async fn carry_on(&mut self) -> Result<(), LaneError> {
+        self.running.retain(|_, task| !task.is_finished());
+        for row in self.shared.seller.journal.jobs(&State::IN_WORK, MOST_IN_WORK).await? {
+            if !self.running.contains_key(&row.id) {
+                tracing::info!(job = row.id, state = %row.state, "Job is carried on.");
+                let slot = self.slots.clone().try_acquire_owned().ok();
+                self.carry(row, slot);
+            }
+        }
+        Ok(())
+    }
+
+    fn carry(&mut self, row: JobRow, slot: Option<OwnedSemaphorePermit>) {
+        let id = row.id;
+        let carrier = Carrier::new(self.shared.clone(), self.slots.clone(), slot);
+        self.running.insert(id, self.tasks.spawn(carrier.carry(row)));
+    }
+
+    /// Looks at every job that may be taken, and takes what there is room for.
+    async fn look(&mut self) -> Result<(), LaneError> {
+        if !self.takes {
+            return Ok(());
+        }
+        let journal = self.shared.seller.journal.clone();
+        let rows = journal.jobs(&[State::Seen], MOST_LOOKED).await?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        self.later.retain(|_, until| *until > now);
+        let standing = self.standing().await?;
+        let mut good = Vec::new();
+        let mut verdicts = Vec::new();
+        for row in rows {
+            if self.later.contains_key(&row.id) && row.terms.claim_by_s > standing.now_s {
+                continue;
+            }
+            match judge(&row, &standing) {
+                Verdict::Take(model) => good.push((row, model)),
+                verdict => verdicts.push((row.id, verdict)),
+            }
+        }
+        let now_s = standing.now_s;
+        let write = journal.write(move |transaction| {
+            // Before the verdicts: what has waited for something tells for what.
+            jobs::miss(transaction, now_s)?;
+            for (id, verdict) in verdicts {
+                match verdict {
+                    Verdict::Decline(cause, why) => {
+                        let declined = Step::to(State::Declined).because(cause.word(), why);
+                        jobs::step(transaction, id, State::Seen, &declined)?;
+                    }
+                    Verdict::Wait(cause, why) => jobs::waits(transaction, id, cause.word(), &why)?,
+                    Verdict::Take(_) => {}
+                }
+            }
+            Ok(())
+        });
+        write.await?;
+        self.take(good).await
+    }
+
+    /// Takes these jobs in their order, as many as there is room for.
+    async fn take(&mut self, good: Vec<(JobRow, String)>) -> Result<(), LaneError> {
+        let journal = self.shared.seller.journal.clone();
+        let mut full = Vec::new();
+        for (row, model) in good {
+            let coming = self.shared.coming.load(Ordering::Relaxed);
+            let is_free = self.shared.seller.scheduler.free(&model) > coming;
+            let slot = if is_free { self.slots.clone().try_acquire_owned().ok() } else { None };
+            let Some(slot) = slot else {
+                full.push(row.id);
+                continue;
+            };
+            let id = row.id;
+            match self.check(&row).await {
+                Ok(Checked::Good) => {
+                    let claiming = Step { model: Some(model), ..Step::to(State::Claiming) };
+                    if let Some(row) = journal.step_job(id, State::Seen, claiming).await? {
+                        self.carry(row, Some(slot));
+                    }
+                }
+                Ok(Checked::Step(step)) => {
+                    tracing::debug!(job = id, to = %step.to, because = ?step.because, "Job is not taken.");
+                    journal.step_job(id, State::Seen, step).await?;
+                }
+                Ok(Checked::Wait(cause, why)) => {
+                    self.later.insert(id, Instant::now() + AGAIN);
+                    journal.write(move |transaction| jobs::waits(transaction, id, cause.word(), &why)).await?;
+                }
+                Err(error) => {
+                    // What cannot be checked is not taken; the chain is asked again.
+                    self.later.insert(id, Instant::now() + AGAIN);
+                    tracing::warn!(job = id, %error, "A job cannot be checked; trying again.");
+                    break;
+                }
+            }
+        }
+        if !full.is_empty() {
+            let why = "as many jobs as may be are in work, or no slot is free";
+            let waiting = journal
+                .write(move |transaction| full.iter().try_for_each(|id| jobs::waits(transaction, *id, Cause::Room.word(), why)));
+            waiting.await?;
+        }
+        Ok(())
+    }
+
+    /// Asks the chain about a job: whether it is as it was told, whether it can be claimed, and what that costs.
+    async fn check(&self, row: &JobRow) -> Result<Checked, DeskError> {
+        let is_large = row.terms.max_amount.0 >= self.shared.seller.config.sure_above_wei.into();
+        let sure = if is_large { Sure::Safe } else { Sure::Latest };
+        let job = async { self.shared.on_chain(row, sure).await.map_err(DeskError::from) };
+        // Both at a time: other nodes look at it too.
+        let (on_chain, quote) = tokio::join!(job, self.shared.desk.quote(Act::ClaimJob { job: row.id }));
+        let over = |to, cause: Cause, why: &str| Ok(Checked::Step(Step::to(to).because(cause.word(), why)));
+        match on_chain? {
+            OnChain::Open => {}
+            OnChain::Absent if is_large => return Ok(Checked::Wait(Cause::Amount, "its block is not safe yet".into())),
+            OnChain::Absent => return Ok(Checked::Wait(Cause::Amount, "the chain does not show it".into())),
+            OnChain::Unknown => return Ok(Checked::Wait(Cause::Amount, "the chain shows it in an unknown state".into())),
+            OnChain::Another | OnChain::ClaimedAnother => {
+                return over(State::Declined, Cause::Amount, "the contract holds another job than was told");
+            }
+            OnChain::Taken => return over(State::Missed, Cause::Lost, "another node was first"),
+            OnChain::Refunded => return over(State::Missed, Cause::Gone, "its client has its money back"),
+            // Claimed in another life of this node, of which the journal is gone.
+            OnChain::Ours { .. } => return Ok(Checked::Step(Step::to(State::Claimed))),
+            OnChain::Delivered { .. } | OnChain::Settled => return Ok(Checked::Step(Step::to(State::Submitted))),
+        }
+        let fee = match quote {
+            Ok(quote) => quote.fee,
+            Err(DeskError::Refused(why)) => {
+                return match why {
+                    why if why.contains("JobWrongState") => over(State::Missed, Cause::Lost, "another node was first"),
+                    why if why.contains("DeadlinePassed") => over(State::Missed, Cause::Time, "its time to be claimed went by"),
+                    why if why.contains("NodeExcluded") => over(State::Declined, Cause::Refused, &why),
+                    why if why.contains("BondExceedsFreeStake") => Ok(Checked::Wait(Cause::Bond, why)),
+                    why => Ok(Checked::Wait(Cause::Refused, why)),
+                };
+            }
+            Err(error) => return Err(error),
+        };
+        let most = row.terms.max_amount;
+        if fee.0.saturating_mul(FEE_SHARE) > most.0 {
+            let why = format!("a claim costs {fee} wei, and the job pays {most} at most");
+            return Ok(Checked::Wait(Cause::Fee, why));
+        }
+        Ok(Checked::Good)
+    }
+
+    /// How this node stands at the moment.
+    async fn standing(&self) -> Result<Standing, LaneError> {
+        let seller = &self.shared.seller;
+        let models = self.shared.models().await?;
+        let routes = seller.routes.borrow();
+        Ok(Standing {
+            models,
+            is_starting: !routes.starting.is_empty(),
+            can_store: !routes.storage.is_empty(),
+            is_in_network: match (seller.peer.get(), routes.transport.is_empty()) {
+                (Some(_), _) => Some(true),
+                (None, true) => Some(false),
+                (None, false) => None,
+            },
+            prices: seller.prices,
+            max_bond_wei: seller.config.max_bond_wei.into(),
+            now_s: self.shared.clock.now_s(),
+        })
+    }
+}

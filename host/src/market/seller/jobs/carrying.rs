@@ -1,0 +1,425 @@
+//! One job, from its claim to its result in the contract: a state machine whose states are the journal's.
+//!
+//! A step is written down, then acted on. What cannot be done at the moment is tried again as long as the job's time allows; what can never
+//! be done is given up, since that costs a tenth of what being late costs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use fabstir_plugin_api::abi::Blob;
+use fabstir_plugin_api::chain::{Act, JobResult, Sure};
+use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::error::{Code, PluginError};
+use fabstir_plugin_api::inference::Chunk;
+use fabstir_plugin_api::storage::Expect;
+use fabstir_plugin_api::stream::Stream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::verdict::{Cause, OnChain};
+use super::{AGAIN, Shared};
+use crate::market::journal::JournalError;
+use crate::market::journal::jobs::{JobRow, State, Step};
+use crate::market::posting::{JobInput, JobOutput, ResultRef};
+use crate::market::{Desk, DeskError};
+use crate::network::now_ms;
+use crate::scheduler::Refused;
+
+/// What is left of a job's time for handing its result in. Seconds.
+const MARGIN_S: u64 = 15;
+/// How long an order is followed before the chain is looked at again.
+const FOLLOW: Duration = Duration::from_secs(60);
+/// How long after its last moment a claim may still be seen. Seconds.
+const LATE_S: u64 = 120;
+/// The pieces in which a result is stored.
+const PIECE: usize = 256 << 10;
+
+/// Why a step was not made, where it can be made later.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Chain(#[from] PluginError),
+    #[error(transparent)]
+    Desk(#[from] DeskError),
+    #[error("{why}")]
+    Wait { why: String, after: Duration },
+}
+
+fn wait(why: impl Into<String>, after: Duration) -> Trouble {
+    Trouble::Wait { why: why.into(), after }
+}
+
+/// The row after a step; `None` where an event has changed it meanwhile, and there is nothing left to do.
+type Next = Result<Option<JobRow>, Trouble>;
+
+/// Counts a job among those that are coming, until it generates or ends.
+struct Coming(Arc<Shared>);
+
+impl Coming {
+    fn new(shared: Arc<Shared>) -> Self {
+        shared.coming.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.0.coming.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+pub(super) struct Carrier {
+    shared: Arc<Shared>,
+    slots: Arc<Semaphore>,
+    slot: Option<OwnedSemaphorePermit>,
+    coming: Option<Coming>,
+}
+
+impl Carrier {
+    pub fn new(shared: Arc<Shared>, slots: Arc<Semaphore>, slot: Option<OwnedSemaphorePermit>) -> Self {
+        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot }
+    }
+
+    /// Carries a job on from the state that it is in. Ends when there is nothing left to do, or, once the node stops, with the first
+    /// step that cannot be made at once.
+    pub async fn carry(mut self, mut row: JobRow) {
+        let mut told = String::new();
+        loop {
+            let stepped = match row.state {
+                State::Claiming => self.claim(&row).await,
+                State::Claimed | State::Working => self.work(&row).await,
+                State::Stored | State::Submitting => self.submit(&row).await,
+                State::Abandoning => self.abandon(&row).await,
+                _ => return,
+            };
+            let trouble = match stepped {
+                Ok(Some(next)) => {
+                    row = next;
+                    continue;
+                }
+                Ok(None) => return,
+                Err(trouble) => trouble,
+            };
+            if told != trouble.to_string() {
+                told = trouble.to_string();
+                tracing::warn!(job = row.id, state = %row.state, error = %trouble, "A job is held up; trying again.");
+            }
+            let pause = if let Trouble::Wait { after, .. } = trouble { after } else { AGAIN };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                // The journal keeps it for the next start.
+                () = self.shared.stop.cancelled() => return,
+            }
+        }
+    }
+
+    fn desk(&self) -> &Desk {
+        &self.shared.desk
+    }
+
+    async fn step(&self, row: &JobRow, step: Step) -> Next {
+        Ok(self.shared.seller.journal.step_job(row.id, row.state, step).await?)
+    }
+
+    async fn over(&self, row: &JobRow, to: State, cause: Cause, why: impl Into<String>) -> Next {
+        let why = why.into();
+        match (to, cause) {
+            (State::Missed, Cause::Lost) => tracing::info!(job = row.id, "Job lost: another node was first."),
+            _ => tracing::warn!(job = row.id, cause = cause.word(), why, to = %to, "Job is given up."),
+        }
+        self.step(row, Step::to(to).because(cause.word(), why)).await
+    }
+
+    /// Seconds until a moment of the contracts' clock.
+    fn left(&self, until_s: u64) -> Duration {
+        Duration::from_secs(until_s.saturating_sub(self.shared.clock.now_s()))
+    }
+
+    /// Orders the claim, or follows it, until the chain says whose the job is.
+    async fn claim(&self, row: &JobRow) -> Next {
+        let (key, act) = (format!("claim-{}-{}", row.id, row.attempt), Act::ClaimJob { job: row.id });
+        self.desk().order(key.clone(), act.clone()).await?;
+        let after_ms = now_ms().saturating_sub(row.seen_ms);
+        tracing::info!(job = row.id, after_ms, max_wei = %row.terms.max_amount, model = row.model, "Job taken: its claim is ordered.");
+        let outcome = self.desk().follow(key, act, FOLLOW).await;
+        if let Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) = outcome {
+            return Err(error.into());
+        }
+        // A block shows what has come of the order; whose the job is, only the contract does.
+        match self.shared.on_chain(row, Sure::Latest).await? {
+            OnChain::Ours { .. } => {
+                tracing::info!(job = row.id, "Job claimed.");
+                // Its result may be there, where the chain has taken an earlier claim back.
+                let to = if row.result.is_some() { State::Stored } else { State::Claimed };
+                self.step(row, Step::to(to)).await
+            }
+            OnChain::ClaimedAnother => {
+                self.over(row, State::Abandoning, Cause::Reorg, "another job has its number now, and was claimed in its place")
+                    .await
+            }
+            OnChain::Delivered { .. } | OnChain::Settled => self.step(row, Step::to(State::Submitted)).await,
+            OnChain::Taken => self.over(row, State::Missed, Cause::Lost, "another node was first").await,
+            OnChain::Refunded => self.over(row, State::Missed, Cause::Gone, "its client took it back before the claim").await,
+            OnChain::Another => self.over(row, State::Missed, Cause::Reorg, "another job has its number now").await,
+            OnChain::Open | OnChain::Absent | OnChain::Unknown => match outcome {
+                Err(DeskError::Dead { why }) => {
+                    let why = why.unwrap_or_else(|| "its claim was not sent".into());
+                    self.over(row, State::Missed, Cause::Fee, why).await
+                }
+                Err(error) => self.over(row, State::Missed, Cause::Refused, error.to_string()).await,
+                Ok(_) if self.shared.clock.now_s() > row.terms.claim_by_s.saturating_add(LATE_S) => {
+                    self.over(row, State::Missed, Cause::Reorg, "the chain has taken its claim back").await
+                }
+                // Taken back, and sent again by the plugin; or the endpoint that was asked is behind the one that told.
+                Ok(_) => Err(wait("its claim is in a block, and the contract does not show it yet", Duration::from_millis(500))),
+            },
+        }
+    }
+
+    /// Has the model work on it, and stores what comes of it.
+    async fn work(&mut self, row: &JobRow) -> Next {
+        if self.slot.is_none() {
+            let slot = self.slots.clone().acquire_owned().await;
+            self.slot = Some(slot.map_err(|_| wait("the node ends", AGAIN))?);
+        }
+        let until_s = match self.shared.on_chain(row, Sure::Latest).await? {
+            OnChain::Ours { until_s } => until_s,
+            OnChain::Open | OnChain::Absent => return self.step(row, Step::to(State::Claiming)).await,
+            other => return self.not_ours(row, &other).await,
+        };
+        if self.shared.seller.peer.get().is_none() && !self.left(until_s).is_zero() {
+            return Err(wait("the node has not joined the network yet", Duration::from_millis(200)));
+        }
+        let row = match row.state {
+            State::Working => row.clone(),
+            _ => match self.step(row, Step::to(State::Working)).await? {
+                Some(row) => row,
+                None => return Ok(None),
+            },
+        };
+        let end_s = until_s.saturating_sub(MARGIN_S);
+        let output = match self.output(&row, end_s).await? {
+            Ok(output) => output,
+            Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
+        };
+        let result = match self.store(&row, &output, end_s).await? {
+            Ok(result) => result,
+            Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
+        };
+        let stored = self.step(&row, Step { result: Some(result), ..Step::to(State::Stored) }).await;
+        self.slot = None;
+        stored
+    }
+
+    /// The model's answer, or why there is none to be had in time.
+    async fn output(&mut self, row: &JobRow, end_s: u64) -> Result<Result<JobOutput, (Cause, String)>, Trouble> {
+        let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
+            Ok(input) => input,
+            Err(error) => return Ok(Err((Cause::Input, error.to_string()))),
+        };
+        let mut failed_before = false;
+        loop {
+            if self.left(end_s).is_zero() {
+                return Ok(Err((Cause::Time, "there is no time left for the work".into())));
+            }
+            let models = self.shared.models().await?;
+            let served = || models.iter().filter(|model| model.id == row.terms.model);
+            let Some(model) = served().find(|model| model.is_free).or_else(|| served().next()) else {
+                return Err(wait(format!("the model {} is not served at the moment", row.terms.model), AGAIN));
+            };
+            self.coming = None;
+            let refused = match self.generate(row, &input, &model.name, self.left(end_s)).await {
+                Ok(output) => return Ok(within_terms(row, output)),
+                Err(refused) => refused,
+            };
+            let because = |cause| Ok(Err((cause, refused.to_string())));
+            match refused.code {
+                Code::TooLong => return because(Cause::TooLong),
+                Code::InvalidArgument | Code::Unimplemented => return because(Cause::Input),
+                Code::DeadlineExceeded => return because(Cause::Time),
+                Code::Overloaded => tokio::time::sleep(refused.retry_after.unwrap_or(AGAIN).min(self.left(end_s))).await,
+                _ if failed_before => return because(Cause::Failed),
+                _ => {
+                    failed_before = true;
+                    tracing::warn!(job = row.id, error = %refused, "The work on a job failed; trying once more.");
+                    tokio::time::sleep(AGAIN.min(self.left(end_s))).await;
+                }
+            }
+        }
+    }
+
+    async fn generate(&self, row: &JobRow, input: &JobInput, model: &str, within: Duration) -> Result<JobOutput, Refused> {
+        let mut request = input.generation(model, row.terms.max_output_tokens);
+        // One client's jobs may share what was read of their prompts; nobody else learns from the time it takes.
+        request.cache_salt = format!("job:{}", row.client);
+        let mut answer = self.shared.seller.scheduler.generate(Cx::new().with_timeout(within), request).await?;
+        let mut text = String::new();
+        loop {
+            match answer.next().await {
+                Some(Ok(Chunk::Text(piece))) => text.push_str(&piece.text),
+                Some(Ok(Chunk::Done(done))) => return Ok(JobOutput { text, finish: done.finish, usage: done.usage }),
+                Some(Err(refused)) => return Err(refused),
+                None => {
+                    let message = "the answer ended without its last piece".into();
+                    return Err(Refused { code: Code::Internal, message, retry_after: None });
+                }
+            }
+        }
+    }
+
+    /// Keeps the result in the best place that takes it.
+    async fn store(&self, row: &JobRow, output: &JobOutput, end_s: u64) -> Result<Result<JobResult, (Cause, String)>, Trouble> {
+        let (bytes, output_commitment) = match output.document() {
+            Ok(document) => document,
+            Err(error) => return Ok(Err((Cause::TooLong, error.to_string()))),
+        };
+        let Some(peer) = self.shared.seller.peer.get().cloned() else {
+            return Ok(Err((Cause::Network, "the node has no name in the network".into())));
+        };
+        let id = output_commitment.trim_start_matches("0x").to_owned();
+        let mut why = "no storage plugin is ready".to_owned();
+        loop {
+            let places: Vec<_> = self.shared.seller.routes.borrow().storage.clone();
+            for place in places {
+                let expect = Expect { id: Some(id.clone()), size: Some(bytes.len() as u64) };
+                let pieces: Vec<Blob> = bytes.chunks(PIECE).map(|piece| piece.to_vec().into()).collect();
+                let cx = Cx::new().with_timeout(self.left(end_s).max(Duration::from_secs(1)));
+                match place.client.put(&cx, expect, Stream::from_items(pieces)).await {
+                    Ok(_) => {
+                        let usage = output.usage;
+                        return Ok(Ok(JobResult {
+                            output_commitment,
+                            input_tokens: usage.prompt_tokens.into(),
+                            output_tokens: usage.completion_tokens.into(),
+                            result_ref: ResultRef { peer, id }.to_string(),
+                        }));
+                    }
+                    Err(error) => {
+                        tracing::error!(job = row.id, plugin = %place.plugin, code = %error.code, %error, "A result was not stored.");
+                        why = error.to_string();
+                    }
+                }
+            }
+            if self.left(end_s).is_zero() {
+                return Ok(Err((Cause::Storage, why)));
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Hands the result in.
+    async fn submit(&mut self, row: &JobRow) -> Next {
+        // The work is done: the next job may come.
+        (self.slot, self.coming) = (None, None);
+        let Some(result) = row.result.clone() else { return self.step(row, Step::to(State::Claimed)).await };
+        let row = match row.state {
+            State::Submitting => row.clone(),
+            _ => {
+                match self.shared.on_chain(row, Sure::Latest).await? {
+                    OnChain::Ours { until_s } if !self.left(until_s).is_zero() => {}
+                    OnChain::Ours { .. } => {
+                        return self.over(row, State::Failed, Cause::Time, "its time to be delivered went by").await;
+                    }
+                    OnChain::Open | OnChain::Absent => return self.step(row, Step::to(State::Claiming)).await,
+                    other => return self.not_ours(row, &other).await,
+                }
+                match self.step(row, Step::to(State::Submitting)).await? {
+                    Some(row) => row,
+                    None => return Ok(None),
+                }
+            }
+        };
+        let act = Act::SubmitResult { job: row.id, result };
+        let outcome = self.desk().follow(format!("submit-{}-{}", row.id, row.attempt), act, FOLLOW).await;
+        match outcome {
+            Ok(done) => {
+                tracing::info!(job = row.id, block = done.block, "Job submitted.");
+                self.step(&row, Step::to(State::Submitted)).await
+            }
+            Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) => Err(error.into()),
+            // Not carried out, and never will be under this key: the state above decides anew.
+            Err(error) => {
+                tracing::warn!(job = row.id, %error, "A result was not handed in.");
+                match self.shared.on_chain(&row, Sure::Latest).await? {
+                    OnChain::Ours { until_s } if !self.left(until_s).is_zero() => {
+                        tokio::time::sleep(AGAIN).await;
+                        self.step(&row, Step { anew: true, ..Step::to(State::Stored) }).await
+                    }
+                    OnChain::Ours { .. } => self.over(&row, State::Failed, Cause::Time, error.to_string()).await,
+                    OnChain::Open | OnChain::Absent => self.step(&row, Step { anew: true, ..Step::to(State::Claiming) }).await,
+                    other => self.not_ours(&row, &other).await,
+                }
+            }
+        }
+    }
+
+    /// Where a job goes that is no longer this node's to work on.
+    async fn not_ours(&self, row: &JobRow, on_chain: &OnChain) -> Next {
+        match on_chain {
+            OnChain::Delivered { .. } | OnChain::Settled => self.step(row, Step::to(State::Submitted)).await,
+            OnChain::ClaimedAnother => {
+                self.over(row, State::Abandoning, Cause::Reorg, "another job has its number now, and was claimed in its place")
+                    .await
+            }
+            OnChain::Another => self.over(row, State::Failed, Cause::Reorg, "another job has its number now").await,
+            OnChain::Taken => self.over(row, State::Failed, Cause::Lost, "another node has claimed it").await,
+            OnChain::Refunded => self.over(row, State::Failed, Cause::Gone, "its client has its money back").await,
+            OnChain::Ours { .. } | OnChain::Open | OnChain::Absent | OnChain::Unknown => {
+                Err(wait("the chain shows it in a state that this node does not know", AGAIN))
+            }
+        }
+    }
+
+    /// Gives the claim back, as long as that is possible.
+    async fn abandon(&mut self, row: &JobRow) -> Next {
+        (self.slot, self.coming) = (None, None);
+        let act = Act::AbandonJob { job: row.id };
+        let key = format!("abandon-{}-{}", row.id, row.attempt);
+        let outcome = match self.desk().quote(act.clone()).await {
+            Ok(_) => self.desk().follow(key, act, FOLLOW).await.map(drop),
+            // Given back already, or no longer this node's.
+            Err(DeskError::Refused(_)) => Ok(()),
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(()) => {}
+            Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) => return Err(error.into()),
+            Err(error) => tracing::warn!(job = row.id, %error, "A job could not be given back: its bond is lost."),
+        }
+        self.step(row, Step::to(State::Failed)).await
+    }
+}
+
+/// The answer, if the job's terms pay for it.
+fn within_terms(row: &JobRow, mut output: JobOutput) -> Result<JobOutput, (Cause, String)> {
+    let (used, paid) = (u64::from(output.usage.prompt_tokens), row.terms.max_input_tokens);
+    if used > paid {
+        return Err((Cause::TooLong, format!("its input has {used} tokens, its terms pay for {paid}")));
+    }
+    // No more than was asked for can be charged, whatever a plugin counts.
+    let most = u32::try_from(row.terms.max_output_tokens).unwrap_or(u32::MAX);
+    output.usage.completion_tokens = output.usage.completion_tokens.min(most);
+    Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use fabstir_plugin_api::inference::{Finish, Usage};
+
+    use super::super::verdict::tests::row;
+    use super::*;
+
+    #[test]
+    fn no_more_is_charged_than_the_terms_pay_for() {
+        let output = |prompt_tokens, completion_tokens| JobOutput {
+            text: "x".into(),
+            finish: Finish::Stop,
+            usage: Usage { prompt_tokens, completion_tokens, cached_tokens: 0 },
+        };
+        assert_eq!(within_terms(&row(1), output(100, 50)), Ok(output(100, 50)));
+        assert_eq!(within_terms(&row(1), output(100, 51)), Ok(output(100, 50)));
+        assert_eq!(within_terms(&row(1), output(101, 1)).map_err(|(cause, _)| cause), Err(Cause::TooLong));
+    }
+}

@@ -1,0 +1,106 @@
+//! Results whose client says nothing: once its time to object is over, anyone may have the job settled.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use fabstir_plugin_api::chain::{Act, JobId, ProgressState, Sure};
+use tokio::time::Instant;
+
+use super::{LaneError, Shared};
+use crate::market::DeskError;
+use crate::market::journal::jobs::{JobRow, State, Step};
+use crate::market::seller::jobs::verdict::{Cause, OnChain};
+
+/// The pause between two looks.
+const PAUSE: Duration = Duration::from_secs(5);
+/// Results that are looked at together.
+const MOST: usize = 10_000;
+/// How long an order that was not carried out is left alone. Seconds.
+const REST_S: u64 = 600;
+
+#[derive(Default)]
+pub(super) struct Due {
+    looked: Option<Instant>,
+    /// When each result's client has no more to say, in seconds since 1970.
+    until_s: HashMap<JobId, u64>,
+}
+
+impl Due {
+    /// Has everything settled whose time has come.
+    pub async fn settle(&mut self, shared: &Shared) -> Result<(), LaneError> {
+        if self.looked.is_some_and(|looked| looked.elapsed() < PAUSE) {
+            return Ok(());
+        }
+        self.looked = Some(Instant::now());
+        let rows = shared.seller.journal.jobs(&[State::Submitted], MOST).await?;
+        self.until_s.retain(|id, _| rows.iter().any(|row| row.id == *id));
+        for row in rows {
+            let known = self.until_s.get(&row.id).copied();
+            if known.is_some_and(|until_s| until_s >= shared.clock.now_s()) {
+                continue;
+            }
+            if let Err(error) = self.settle_one(shared, &row, known.is_some()).await {
+                match error {
+                    DeskError::Plugin(error) => {
+                        tracing::warn!(job = row.id, %error, "A result's end cannot be looked at; trying again.")
+                    }
+                    error => tracing::warn!(job = row.id, %error, "A job was not settled; trying again later."),
+                }
+                self.until_s.insert(row.id, shared.clock.now_s() + PAUSE.as_secs());
+            }
+        }
+        Ok(())
+    }
+
+    async fn settle_one(&mut self, shared: &Shared, row: &JobRow, is_known: bool) -> Result<(), DeskError> {
+        let id = row.id;
+        let until_s = match shared.on_chain(row, Sure::Latest).await? {
+            OnChain::Delivered { until_s } => until_s,
+            OnChain::Taken | OnChain::Another | OnChain::ClaimedAnother => {
+                let failed = Step::to(State::Failed).because(Cause::Reorg.word(), "the chain has taken this node's claim back");
+                shared
+                    .seller
+                    .journal
+                    .step_job(id, State::Submitted, failed)
+                    .await
+                    .map_err(fabstir_plugin_api::error::PluginError::from)?;
+                return Ok(());
+            }
+            // Its event is on its way, or the outbox sends again what a block has lost.
+            _ => return Ok(()),
+        };
+        self.until_s.insert(id, until_s);
+        if until_s >= shared.clock.now_s() || !is_known {
+            return Ok(());
+        }
+        let quote = match shared.desk.quote(Act::ExpireJob { job: id }).await {
+            Ok(quote) => quote,
+            // The contracts' clock is a little behind this machine's.
+            Err(DeskError::Refused(_)) => {
+                self.until_s.insert(id, shared.clock.now_s() + 1);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        self.until_s.insert(id, shared.clock.now_s() + REST_S);
+        if quote.fee.0 > row.terms.max_amount.0.saturating_add(row.terms.host_bond.0) {
+            tracing::warn!(job = id, fee = %quote.fee, "Having a job settled costs more than it brings; waiting.");
+            return Ok(());
+        }
+        let order = shared.desk.order(format!("expire-{id}-{}", row.attempt), Act::ExpireJob { job: id }).await?;
+        if order.state == ProgressState::Dead {
+            // The next one has a key of its own.
+            let anew = Step { anew: true, ..Step::to(State::Submitted) };
+            shared
+                .seller
+                .journal
+                .step_job(id, State::Submitted, anew)
+                .await
+                .map_err(fabstir_plugin_api::error::PluginError::from)?;
+            tracing::warn!(job = id, why = order.why, "A job was not settled; trying again later.");
+        } else {
+            tracing::info!(job = id, "Job is to be settled: its client has said nothing.");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,451 @@
+//! Whether a posted job is worth taking, from what it says and how this node stands. Nothing is asked here, and nothing is changed.
+
+use fabstir_plugin_api::chain::{Job, JobState, ModelId};
+use fabstir_plugin_api::inference::Input;
+
+use crate::market::journal::jobs::JobRow;
+use crate::market::posting::{JobInput, PostingError};
+use crate::market::{NATIVE, Prices};
+use crate::scheduler::estimated_tokens;
+
+/// What is left of a job's time must be at least this long for its work. Seconds.
+pub const LEAST_DELIVER_S: u64 = 30;
+/// A fee must not be more than one part in this many of what a job can pay.
+pub const FEE_SHARE: u128 = 3;
+
+/// Why a job was not taken, or did not work out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cause {
+    Model,
+    Coin,
+    Price,
+    Proof,
+    Bond,
+    Input,
+    TooLong,
+    Time,
+    Amount,
+    Room,
+    Fee,
+    Storage,
+    Network,
+    Lost,
+    Gone,
+    Reorg,
+    Refused,
+    Failed,
+}
+
+impl Cause {
+    pub const ALL: [Cause; 18] = [
+        Cause::Model,
+        Cause::Coin,
+        Cause::Price,
+        Cause::Proof,
+        Cause::Bond,
+        Cause::Input,
+        Cause::TooLong,
+        Cause::Time,
+        Cause::Amount,
+        Cause::Room,
+        Cause::Fee,
+        Cause::Storage,
+        Cause::Network,
+        Cause::Lost,
+        Cause::Gone,
+        Cause::Reorg,
+        Cause::Refused,
+        Cause::Failed,
+    ];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Cause::Model => "model",
+            Cause::Coin => "coin",
+            Cause::Price => "price",
+            Cause::Proof => "proof",
+            Cause::Bond => "bond",
+            Cause::Input => "input",
+            Cause::TooLong => "too_long",
+            Cause::Time => "time",
+            Cause::Amount => "amount",
+            Cause::Room => "room",
+            Cause::Fee => "fee",
+            Cause::Storage => "storage",
+            Cause::Network => "network",
+            Cause::Lost => "lost",
+            Cause::Gone => "gone",
+            Cause::Reorg => "reorg",
+            Cause::Refused => "refused",
+            Cause::Failed => "failed",
+        }
+    }
+
+    pub fn of(word: &str) -> Option<Cause> {
+        Cause::ALL.into_iter().find(|cause| cause.word() == word)
+    }
+
+    /// What would change it.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Cause::Model => "They ask for a model that is not served here: add it to plugins.toml.",
+            Cause::Coin => "They pay in another coin than the chain's own, and no other is taken.",
+            Cause::Price => {
+                "They pay less than network.price_input_wei_per_mtok or price_output_wei_per_mtok: lower them to get such jobs."
+            }
+            Cause::Proof => "They ask for a proof of the work, and this node makes none.",
+            Cause::Bond => "They ask for a larger bond than market.max_bond_wei: raise it, with stake enough, to get such jobs.",
+            Cause::Input => "Their input is not what its commitment says, or cannot be read: the client's doing.",
+            Cause::TooLong => {
+                "Their input and output are longer than their terms or the model's context allow: raise `context` of the model."
+            }
+            Cause::Time => {
+                "There was not time enough to claim them or to deliver: seen too late, or the node was down or too slow."
+            }
+            Cause::Amount => {
+                "The contract holds something else than was told: the client's doing, or the posting has been taken back."
+            }
+            Cause::Room => {
+                "Every slot was taken until they could not be claimed any more: raise market.jobs, or serve more at a time."
+            }
+            Cause::Fee => {
+                "Fees were more than a third of what they pay, or above market.max_fee_wei or daily_fee_wei: cheap jobs win when fees are low."
+            }
+            Cause::Storage => "Results could not be kept: add a storage plugin to plugins.toml, or see the log for why it fails.",
+            Cause::Network => {
+                "The node has no name in the network, so nobody could fetch results: add a transport plugin to plugins.toml."
+            }
+            Cause::Lost => {
+                "Another node claimed them first: a nearer RPC endpoint, and a shorter poll_ms of the chain plugin, make this one faster."
+            }
+            Cause::Gone => "Their clients took them back, or have been refunded.",
+            Cause::Reorg => "The chain has taken back the block that they were in.",
+            Cause::Refused => {
+                "The contract refused the claim: `fabstir-node market status` shows whether the stake is enough and free."
+            }
+            Cause::Failed => "The model failed on them: the log says how.",
+        }
+    }
+}
+
+/// A model that is served now.
+#[derive(Debug, Clone)]
+pub struct Served {
+    pub name: String,
+    /// What the chain calls it.
+    pub id: ModelId,
+    pub context: u32,
+    /// Whether a generation would begin at once.
+    pub is_free: bool,
+}
+
+/// How this node stands.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    pub models: Vec<Served>,
+    /// Whether plugins are on their way to being ready.
+    pub is_starting: bool,
+    pub can_store: bool,
+    /// Whether peers can fetch what it has stored. `None`: not yet.
+    pub is_in_network: Option<bool>,
+    pub prices: Prices,
+    pub max_bond_wei: u128,
+    /// The contracts' clock, in seconds since 1970.
+    pub now_s: u64,
+}
+
+/// What to do about a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// By the model that is called so here, once the chain confirms what was told.
+    Take(String),
+    /// Not now.
+    Wait(Cause, String),
+    Decline(Cause, String),
+}
+
+/// Looks at a job.
+pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
+    let terms = &row.terms;
+    let no = |cause, why: String| Verdict::Decline(cause, why);
+    if terms.claim_by_s <= node.now_s {
+        return no(Cause::Time, "its time to be claimed went by".into());
+    }
+    if terms.coin != NATIVE {
+        return no(Cause::Coin, format!("it pays in {}", terms.coin));
+    }
+    if terms.proof_kind != 0 {
+        return no(Cause::Proof, format!("it asks for a proof of kind {}", terms.proof_kind));
+    }
+    let (input, output) = (terms.price_input_per_mtok.0, terms.price_output_per_mtok.0);
+    if input < node.prices.input_per_mtok || output < node.prices.output_per_mtok {
+        let Prices { input_per_mtok, output_per_mtok } = node.prices;
+        let why =
+            format!("it pays {input} and {output} wei for a million tokens, {input_per_mtok} and {output_per_mtok} are asked");
+        return no(Cause::Price, why);
+    }
+    if terms.host_bond.0 > node.max_bond_wei {
+        return no(Cause::Bond, format!("its bond is {} wei, {} are put up at most", terms.host_bond, node.max_bond_wei));
+    }
+    if terms.deliver_s < LEAST_DELIVER_S {
+        return no(Cause::Time, format!("it gives {} s to deliver, {LEAST_DELIVER_S} are needed", terms.deliver_s));
+    }
+    let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
+        Ok(input) => input,
+        Err(error @ PostingError::TooLarge { .. }) => return no(Cause::TooLong, error.to_string()),
+        Err(error) => return no(Cause::Input, error.to_string()),
+    };
+    let tokens = estimated_tokens(&Input::Messages(input.messages));
+    if tokens > terms.max_input_tokens {
+        return no(Cause::TooLong, format!("its input has about {tokens} tokens, its terms pay for {}", terms.max_input_tokens));
+    }
+    if terms.max_output_tokens == 0 {
+        return no(Cause::Amount, "its terms pay for no token of an answer".into());
+    }
+    let later = |cause, why: String| if node.is_starting { Verdict::Wait(cause, why) } else { Verdict::Decline(cause, why) };
+    let models: Vec<&Served> = node.models.iter().filter(|model| model.id == terms.model).collect();
+    if models.is_empty() {
+        return later(Cause::Model, format!("the model {} is not served", terms.model));
+    }
+    let needed = tokens.saturating_add(terms.max_output_tokens);
+    let Some(first) = models.iter().find(|model| needed <= model.context.into()) else {
+        let context = models.iter().map(|model| model.context).max().unwrap_or(0);
+        return no(Cause::TooLong, format!("it may have {needed} tokens in all, the model's context has {context}"));
+    };
+    if !node.can_store {
+        return later(Cause::Storage, "no storage plugin is ready".into());
+    }
+    match node.is_in_network {
+        Some(true) => {}
+        Some(false) => return later(Cause::Network, "the node has no name in the network".into()),
+        None => return Verdict::Wait(Cause::Network, "the node has not joined the network yet".into()),
+    }
+    let free = models.iter().find(|model| model.is_free && needed <= model.context.into());
+    match free {
+        Some(model) => Verdict::Take(model.name.clone()),
+        None => Verdict::Wait(Cause::Room, format!("no slot of {} is free", first.name)),
+    }
+}
+
+/// What the chain says of a job that the journal knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OnChain {
+    /// Not there: its block is not that sure yet, or was taken back.
+    Absent,
+    /// Another job has this number.
+    Another,
+    /// Another job has this number, and this node has claimed it.
+    ClaimedAnother,
+    Open,
+    /// This node's to do, until then.
+    Ours {
+        until_s: u64,
+    },
+    /// Another node's.
+    Taken,
+    /// Handed in by this node; its state is over then.
+    Delivered {
+        until_s: u64,
+    },
+    Settled,
+    Refunded,
+    /// In a state that this node does not know.
+    Unknown,
+}
+
+/// Compares a job with what the contract has.
+pub fn compare(row: &JobRow, job: Option<&Job>, account: &str) -> OnChain {
+    let Some(job) = job else { return OnChain::Absent };
+    let ours = job.host.as_ref().is_some_and(|host| host.eq_ignore_ascii_case(account));
+    let until_s = job.until_s.unwrap_or(0);
+    if !is_same(row, job) {
+        return if ours && job.state == JobState::Claimed { OnChain::ClaimedAnother } else { OnChain::Another };
+    }
+    match job.state {
+        JobState::Open => OnChain::Open,
+        JobState::Refunded => OnChain::Refunded,
+        JobState::Unknown => OnChain::Unknown,
+        _ if !ours => OnChain::Taken,
+        JobState::Claimed => OnChain::Ours { until_s },
+        JobState::Delivered | JobState::Proven | JobState::Challenged => OnChain::Delivered { until_s },
+        JobState::Settled => OnChain::Settled,
+    }
+}
+
+/// Whether the contract holds what the event told. Times that do not apply the contract does not keep.
+fn is_same(row: &JobRow, job: &Job) -> bool {
+    let mut told = row.terms.clone();
+    if told.proof_kind == 0 {
+        told.prove_s = 0;
+    }
+    if told.arbiter == NATIVE {
+        told.resolve_s = 0;
+    }
+    job.client.eq_ignore_ascii_case(&row.client) && job.input_commitment == row.input_commitment && job.terms == told
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use fabstir_plugin_api::chain::{Amount, JobTerms};
+    use fabstir_plugin_api::inference::Message;
+
+    use super::*;
+    use crate::market::journal::jobs::State;
+
+    const NOW: u64 = 1_000_000;
+
+    pub fn row(id: u64) -> JobRow {
+        let message = Message { role: "user".into(), content: "What is the capital of France?".into(), name: None };
+        let input = JobInput { messages: vec![message], temperature: None, top_p: None, seed: None, stop: vec![] };
+        let (input_commitment, input_ref) = input.carried().expect("fits");
+        JobRow {
+            id,
+            client: format!("0x{}", "c1".repeat(20)),
+            terms: JobTerms {
+                model: format!("0x{}", "ab".repeat(32)),
+                coin: NATIVE.into(),
+                max_amount: Amount(1_000_000),
+                price_input_per_mtok: Amount(10),
+                price_output_per_mtok: Amount(20),
+                max_input_tokens: 100,
+                max_output_tokens: 50,
+                claim_by_s: NOW + 60,
+                deliver_s: 600,
+                prove_s: 0,
+                challenge_s: 60,
+                resolve_s: 0,
+                max_attempts: 1,
+                host_bond: Amount(5),
+                challenge_bond: Amount(0),
+                proof_kind: 0,
+                program: format!("0x{}", "00".repeat(32)),
+                arbiter: NATIVE.into(),
+            },
+            input_commitment,
+            input_ref,
+            block: 1,
+            state: State::Seen,
+            cause: None,
+            why: None,
+            model: None,
+            attempt: 0,
+            result: None,
+            paid: None,
+            seen_ms: 0,
+            changed_ms: 0,
+        }
+    }
+
+    fn node() -> Standing {
+        Standing {
+            models: vec![Served { name: "tiny".into(), id: row(1).terms.model, context: 200, is_free: true }],
+            is_starting: false,
+            can_store: true,
+            is_in_network: Some(true),
+            prices: Prices { input_per_mtok: 10, output_per_mtok: 20 },
+            max_bond_wei: 5,
+            now_s: NOW,
+        }
+    }
+
+    #[track_caller]
+    fn declined(change: impl FnOnce(&mut JobRow, &mut Standing)) -> Cause {
+        let (mut row, mut node) = (row(1), node());
+        change(&mut row, &mut node);
+        match judge(&row, &node) {
+            Verdict::Decline(cause, why) if !why.is_empty() => cause,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_job_that_pays_what_is_asked_is_taken_to_the_wei_and_to_the_second() {
+        assert_eq!(judge(&row(1), &node()), Verdict::Take("tiny".into()));
+        assert_eq!(declined(|row, _| row.terms.price_input_per_mtok = Amount(9)), Cause::Price);
+        assert_eq!(declined(|row, _| row.terms.price_output_per_mtok = Amount(19)), Cause::Price);
+        assert_eq!(declined(|row, _| row.terms.host_bond = Amount(6)), Cause::Bond);
+        assert_eq!(declined(|_, node| node.now_s = NOW + 60), Cause::Time);
+        assert_eq!(declined(|row, _| row.terms.deliver_s = LEAST_DELIVER_S - 1), Cause::Time);
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_declined_by_one_cause() {
+        assert_eq!(declined(|row, _| row.terms.coin = "0x01".into()), Cause::Coin);
+        assert_eq!(declined(|row, _| row.terms.proof_kind = 1), Cause::Proof);
+        assert_eq!(declined(|row, _| row.input_commitment = "0x00".into()), Cause::Input);
+        assert_eq!(declined(|row, _| row.input_ref = "ipfs://x".into()), Cause::Input);
+        assert_eq!(declined(|row, _| row.input_ref.extend(std::iter::repeat_n('A', 40_000))), Cause::TooLong);
+        assert_eq!(declined(|row, _| row.terms.max_input_tokens = 3), Cause::TooLong);
+        assert_eq!(declined(|row, _| row.terms.max_output_tokens = 190), Cause::TooLong);
+        assert_eq!(declined(|row, _| row.terms.max_output_tokens = u64::MAX), Cause::TooLong);
+        assert_eq!(declined(|row, _| row.terms.max_output_tokens = 0), Cause::Amount);
+        assert_eq!(declined(|row, _| row.terms.model = "0x01".into()), Cause::Model);
+        assert_eq!(declined(|_, node| node.can_store = false), Cause::Storage);
+        assert_eq!(declined(|_, node| node.is_in_network = Some(false)), Cause::Network);
+    }
+
+    #[test]
+    fn what_may_come_is_waited_for() {
+        let waiting = |change: &dyn Fn(&mut Standing)| {
+            let mut node = node();
+            change(&mut node);
+            match judge(&row(1), &node) {
+                Verdict::Wait(cause, _) => cause,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(waiting(&|node| node.models[0].is_free = false), Cause::Room);
+        assert_eq!(waiting(&|node| node.is_in_network = None), Cause::Network);
+        assert_eq!(
+            waiting(&|node| {
+                node.is_starting = true;
+                node.models.clear();
+            }),
+            Cause::Model
+        );
+        assert_eq!(
+            waiting(&|node| {
+                node.is_starting = true;
+                node.can_store = false;
+            }),
+            Cause::Storage
+        );
+    }
+
+    #[test]
+    fn only_the_very_job_that_was_told_is_the_same() {
+        let row = row(1);
+        let account = "0xAb";
+        let job = |state, host: Option<&str>| Job {
+            client: row.client.clone(),
+            terms: row.terms.clone(),
+            input_commitment: row.input_commitment.clone(),
+            state,
+            host: host.map(str::to_owned),
+            until_s: Some(9),
+            attempts: 1,
+        };
+        assert_eq!(compare(&row, None, account), OnChain::Absent);
+        assert_eq!(compare(&row, Some(&job(JobState::Open, None)), account), OnChain::Open);
+        assert_eq!(compare(&row, Some(&job(JobState::Claimed, Some("0xaB"))), account), OnChain::Ours { until_s: 9 });
+        assert_eq!(compare(&row, Some(&job(JobState::Claimed, Some("0xcc"))), account), OnChain::Taken);
+        assert_eq!(compare(&row, Some(&job(JobState::Delivered, Some("0xab"))), account), OnChain::Delivered { until_s: 9 });
+        let changed = |state| Job { input_commitment: "0x".into(), ..job(state, Some("0xab")) };
+        assert_eq!(compare(&row, Some(&changed(JobState::Open)), account), OnChain::Another);
+        assert_eq!(compare(&row, Some(&changed(JobState::Claimed)), account), OnChain::ClaimedAnother);
+        let cheaper = Job { terms: JobTerms { max_amount: Amount(1), ..row.terms.clone() }, ..job(JobState::Open, None) };
+        assert_eq!(compare(&row, Some(&cheaper), account), OnChain::Another);
+        // The contract keeps no time for a proof that is not asked for.
+        let mut told = row.clone();
+        (told.terms.prove_s, told.terms.resolve_s) = (60, 60);
+        assert_eq!(compare(&told, Some(&job(JobState::Open, None)), account), OnChain::Open);
+    }
+
+    #[test]
+    fn every_cause_has_a_word_of_its_own_and_says_what_would_change_it() {
+        for cause in Cause::ALL {
+            assert_eq!(Cause::of(cause.word()), Some(cause));
+            assert!(cause.advice().ends_with('.'), "{cause:?}");
+        }
+    }
+}
