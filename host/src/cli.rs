@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Flag, Loaded, Problems, Sources};
 
+mod account;
 mod chat;
 mod config;
 mod keys;
@@ -18,6 +19,7 @@ mod log;
 mod market;
 mod network;
 mod plugin;
+mod purchases;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -56,6 +58,7 @@ enum Command {
     Peers(network::Peers),
     Connect(network::Connect),
     Market(market::Market),
+    Purchases(purchases::Purchases),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -183,6 +186,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Peers(peers) => peers.execute(json),
         Command::Connect(connect) => connect.execute(json),
         Command::Market(market) => market.execute(json),
+        Command::Purchases(purchases) => purchases.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

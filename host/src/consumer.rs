@@ -4,6 +4,7 @@
 //! market.rs   finds who offers a model, asks each what it has, and ranks them
 //! remote.rs   one node's models, as an implementation of the kind inference
 //! link.rs     the session with that node: many requests, kept over a drop
+//! till.rs     what pays that node, where it asks for money
 //! visit.rs    the transport plugin, for as long as it takes
 //! ```
 //!
@@ -13,6 +14,7 @@
 mod link;
 mod market;
 mod remote;
+mod till;
 mod visit;
 
 pub use market::{Found, Market, Wanted, ask_all, find};

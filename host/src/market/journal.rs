@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 
+pub mod purchases;
 pub mod sessions;
 
 /// The layout of the tables, step by step: a file that has taken the first n steps says so in its `user_version`.
