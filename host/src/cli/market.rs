@@ -1,6 +1,5 @@
 //! `fabstir-node market`: this node's account in the market's contracts.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -8,12 +7,13 @@ use fabstir_plugin_api::chain::{Act, Amount, Balances, Progress};
 use fabstir_plugin_api::context::Cx;
 use serde_json::json;
 
-use super::keys::PasswordArgs;
+use super::account::{AccountArgs, amount};
 use super::network::on_threads;
-use super::{ConfigArgs, Failure, log, print, table};
+use super::{ConfigArgs, Failure, log, print, purchases, table};
 use crate::config::Config;
-use crate::identity::{Keyring, NodeKey};
-use crate::market::{self, Desk, DeskError, Limits, NATIVE, coins};
+use crate::identity::NodeKey;
+use crate::market::buyer::Sweep;
+use crate::market::{Buyer, Desk, DeskError, Limits, NATIVE, coins};
 use crate::supervisor::{Alone, AloneError};
 
 /// Shows and changes what this node has in the market's contracts.
@@ -57,13 +57,17 @@ enum Action {
         #[command(flatten)]
         shared: Shared,
     },
+    /// Fetches back what is left of sessions in which this account has paid.
+    ///
+    /// Sessions that a command has left behind are closed; their nodes may still hand in what was promised to them until the session's
+    /// window is over, and `reclaim` after that fetches the rest. What came back is credit, which `withdraw` fetches.
+    Reclaim(Shared),
 }
 
 #[derive(Debug, Args)]
 struct Shared {
-    /// The key to act with, instead of market.key of the configuration.
-    #[arg(long, value_name = "NAME")]
-    key: Option<String>,
+    #[command(flatten)]
+    account: AccountArgs,
 
     /// How long to wait for the chain, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
@@ -74,14 +78,7 @@ struct Shared {
     log: String,
 
     #[command(flatten)]
-    password: PasswordArgs,
-
-    #[command(flatten)]
     config: ConfigArgs,
-}
-
-fn amount(text: &str) -> Result<Amount, String> {
-    market::parse(text).map_err(|error| error.to_string())
 }
 
 impl From<AloneError> for Failure {
@@ -136,6 +133,7 @@ impl Market {
                 let withdraw = |account: &str, balances: &Balances| withdraw(account, balances, to);
                 shared.order(&config, "withdraw", withdraw, Amount(0), json)
             }
+            Action::Reclaim(shared) => reclaim(&shared, json),
         }
     }
 }
@@ -164,13 +162,6 @@ impl Shared {
         Ok(config)
     }
 
-    fn name<'a>(&'a self, config: &'a Config) -> Result<&'a str, Failure> {
-        self.key.as_deref().or(config.market.key.as_deref()).ok_or_else(|| {
-            let message = "no account: make a key with `fabstir-node keys new NAME`, and name it with --key or market.key";
-            Failure::new(Failure::CONFIG, "no_account", message)
-        })
-    }
-
     /// Starts the plugin, orders one act and tells what came of it.
     fn order(
         &self,
@@ -180,10 +171,7 @@ impl Shared {
         most: Amount,
         json: bool,
     ) -> Result<(), Failure> {
-        let key = self.name(config)?;
-        let path: PathBuf = Keyring::of(&config.node.data_dir).find(key)?.path;
-        let password = self.password.known(config, &path)?;
-        let account = Keyring::of(&config.node.data_dir).open(key, &password)?;
+        let account = self.account.open(config)?;
         let limits = Limits {
             value_wei: most.0,
             fee_wei: config.market.max_fee_wei.into(),
@@ -216,16 +204,8 @@ impl Shared {
 
 fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
     let config = shared.prepare(json)?;
-    let name = shared.name(&config)?;
-    let entry = Keyring::of(&config.node.data_dir).find(name)?;
-    let address = match entry.address {
-        Some(address) => address.to_string(),
-        // Some programs leave the address out of the file.
-        None => {
-            let password = shared.password.known(&config, &entry.path)?;
-            Keyring::of(&config.node.data_dir).open(name, &password)?.address().to_string()
-        }
-    };
+    let name = shared.account.name(&config)?;
+    let address = shared.account.address(&config)?;
     let (network, heads, balances) = on_threads(async {
         let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
         let chain = plugin.client.clone();
@@ -254,6 +234,19 @@ fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
     ];
     let value = json!({ "account": address, "key": name, "network": network, "heads": heads, "balances": balances });
     Ok(print(json, &value, table(&rows))?)
+}
+
+fn reclaim(shared: &Shared, json: bool) -> Result<(), Failure> {
+    let config = shared.prepare(json)?;
+    let account = shared.account.open(&config)?;
+    on_threads(async {
+        // Nothing but fees is sent.
+        let buyer = Buyer::begin(&config, account, Amount(0)).await?;
+        buyer.sweep(Sweep::All).await;
+        buyer.end().await;
+        Ok(())
+    })?;
+    purchases::tell(&config, json)
 }
 
 fn cx() -> Cx {

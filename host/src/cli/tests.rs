@@ -60,6 +60,8 @@ fn every_command_takes_json() {
     for line in [
         "run",
         "chat hi",
+        "purchases",
+        "market reclaim",
         "keys new x",
         "keys import x",
         "keys list",

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 
 pub mod jobs;
+pub mod purchases;
 pub mod sessions;
 
 /// The layout of the tables, step by step: a file that has taken the first n steps says so in its `user_version`.
