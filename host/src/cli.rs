@@ -14,6 +14,8 @@ use crate::config::{Flag, Loaded, Problems, Sources};
 mod account;
 mod chat;
 mod config;
+mod earnings;
+mod job;
 mod jobs;
 mod keys;
 mod log;
@@ -58,6 +60,8 @@ enum Command {
     Find(network::Find),
     Peers(network::Peers),
     Connect(network::Connect),
+    Job(job::Job),
+    Earnings(earnings::Earnings),
     Market(market::Market),
     Jobs(jobs::Jobs),
     Why(jobs::Why),
@@ -125,6 +129,11 @@ impl Failure {
         Self { exit, json: json!({ "error": { "code": code, "message": message } }), message: format!("error: {message}") }
     }
 
+    /// What a person reads of it.
+    fn text(&self) -> &str {
+        self.message.trim_start_matches("error: ")
+    }
+
     /// A failure of which the output has told everything, so that only the exit code is left to say.
     fn silent() -> Self {
         Self { exit: Self::FAILED, message: String::new(), json: Value::Null }
@@ -188,6 +197,8 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Find(find) => find.execute(json),
         Command::Peers(peers) => peers.execute(json),
         Command::Connect(connect) => connect.execute(json),
+        Command::Job(job) => job.execute(json),
+        Command::Earnings(earnings) => earnings.execute(json),
         Command::Market(market) => market.execute(json),
         Command::Jobs(jobs) => jobs.execute(json),
         Command::Why(why) => why.execute(json),

@@ -19,6 +19,6 @@ mod result;
 mod till;
 mod visit;
 
-pub use market::{Found, Market, Wanted, ask_all, find};
+pub use market::{Found, Market, Wanted, ask_all, find, one_model};
 pub use result::fetch;
 pub use visit::{Visit, VisitError};

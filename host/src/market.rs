@@ -3,6 +3,8 @@
 //! ```text
 //! journal.rs     what was promised and ordered, on disk before it is acted on
 //! desk.rs        orders to the chain plugin, and what it asks to have signed
+//! history.rs     what has happened on the chain
+//! earnings.rs    what this node has earned, as its journal has it
 //! price.rs       what tokens cost; amount.rs: amounts as people write them
 //! posting.rs     what a posted job asks for, and what comes of it
 //! transcript.rs  what both sides of a paid session agree was said
@@ -16,6 +18,8 @@
 mod amount;
 pub mod buyer;
 mod desk;
+pub mod earnings;
+pub mod history;
 pub mod journal;
 pub mod posting;
 mod price;

@@ -57,10 +57,14 @@ impl Node {
     }
 
     /// Ends the node by force and starts it again in the same folder.
-    pub fn relaunch(mut self, arguments: &[&str]) -> Self {
+    pub fn relaunch(self, arguments: &[&str]) -> Self {
+        Self::launch(self.into_place(), arguments)
+    }
+
+    /// Ends the node by force, unless it has ended, and gives its folder back.
+    pub fn into_place(mut self) -> Place {
         self.end();
-        let place = std::mem::replace(&mut self.place, Place::new(""));
-        Self::launch(place, arguments)
+        std::mem::replace(&mut self.place, Place::new(""))
     }
 
     pub fn pid(&self) -> i32 {

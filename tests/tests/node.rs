@@ -22,6 +22,8 @@ mod market;
 mod network;
 #[path = "node/paying.rs"]
 mod paying;
+#[path = "node/posting.rs"]
+mod posting;
 #[path = "node/serving.rs"]
 mod serving;
 #[path = "node/vouchers.rs"]

@@ -6,10 +6,10 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{ConfigArgs, Failure, print, table};
+use crate::market::coins;
 use crate::market::journal::jobs::{JobRow, State, counts, last};
 use crate::market::journal::look;
 use crate::market::seller::jobs::Cause;
-use crate::market::{JournalError, coins};
 
 /// The coin of amounts in the journal, where the chain is not asked for its name.
 const COIN: &str = "ETH";
@@ -45,12 +45,6 @@ pub struct Why {
 fn state(word: &str) -> Result<State, String> {
     let known = || State::ALL.map(State::word).join(", ");
     State::of(word).ok_or_else(|| format!("the states are {}", known()))
-}
-
-impl From<JournalError> for Failure {
-    fn from(error: JournalError) -> Self {
-        Failure::new(Failure::FAILED, "journal", error)
-    }
 }
 
 impl Jobs {

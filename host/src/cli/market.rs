@@ -1,20 +1,16 @@
 //! `fabstir-node market`: this node's account in the market's contracts.
 
-use std::time::Duration;
-
 use clap::{Args, Subcommand};
-use fabstir_plugin_api::chain::{Act, Amount, Balances, Progress};
-use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::chain::{Act, Amount, Balances};
 use serde_json::json;
 
-use super::account::{AccountArgs, amount};
+use super::account::{Shared, amount, at_desk, cx, done, with_chain};
 use super::network::on_threads;
-use super::{ConfigArgs, Failure, log, print, purchases, table};
+use super::{Failure, print, purchases, table};
 use crate::config::Config;
 use crate::identity::NodeKey;
 use crate::market::buyer::Sweep;
-use crate::market::{Buyer, Desk, DeskError, Limits, NATIVE, coins};
-use crate::supervisor::{Alone, AloneError};
+use crate::market::{Buyer, DeskError, NATIVE, coins};
 
 /// Shows and changes what this node has in the market's contracts.
 ///
@@ -64,58 +60,11 @@ enum Action {
     Reclaim(Shared),
 }
 
-#[derive(Debug, Args)]
-struct Shared {
-    #[command(flatten)]
-    account: AccountArgs,
-
-    /// How long to wait for the chain, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
-    wait: u64,
-
-    /// What is logged, to standard error.
-    #[arg(long, value_name = "FILTER", default_value = "warn")]
-    log: String,
-
-    #[command(flatten)]
-    config: ConfigArgs,
-}
-
-impl From<AloneError> for Failure {
-    fn from(error: AloneError) -> Self {
-        match &error {
-            AloneError::None { .. } => Failure::new(
-                Failure::CONFIG,
-                "no_chain",
-                format!("{error}: add an entry with use = \"chain-base\" to plugins.toml, as its last lines show"),
-            ),
-            AloneError::Start { .. } => Failure::new(Failure::FAILED, "plugin", error),
-        }
-    }
-}
-
-impl From<DeskError> for Failure {
-    fn from(error: DeskError) -> Self {
-        let code = match &error {
-            DeskError::Plugin(error) if error.code == fabstir_plugin_api::error::Code::Unavailable => {
-                return Failure::new(Failure::UNREACHABLE, "unreachable", error);
-            }
-            DeskError::Plugin(_) => "plugin",
-            DeskError::Unsigned(_) => "unsigned",
-            DeskError::Network(_) => "network",
-            DeskError::Refused(_) => "refused",
-            DeskError::Reverted { .. } => "reverted",
-            DeskError::Dead { .. } => "dead",
-            DeskError::Pending { .. } => "pending",
-        };
-        Failure::new(Failure::FAILED, code, error)
-    }
-}
-
 impl Market {
     pub fn execute(self, json: bool) -> Result<(), Failure> {
         match self.action {
             Action::Status(shared) => status(&shared, json),
+            Action::Reclaim(shared) => reclaim(&shared, json),
             Action::Register { stake, payout, shared } => {
                 let config = shared.prepare(json)?;
                 let key = NodeKey::load_or_create(&config.node.data_dir.join("identity"))
@@ -133,7 +82,6 @@ impl Market {
                 let withdraw = |account: &str, balances: &Balances| withdraw(account, balances, to);
                 shared.order(&config, "withdraw", withdraw, Amount(0), json)
             }
-            Action::Reclaim(shared) => reclaim(&shared, json),
         }
     }
 }
@@ -156,12 +104,6 @@ fn withdraw(account: &str, balances: &Balances, to: Option<String>) -> Result<Ac
 }
 
 impl Shared {
-    fn prepare(&self, json: bool) -> Result<Config, Failure> {
-        let config = self.config.load()?.config;
-        log::start(&self.log, json)?;
-        Ok(config)
-    }
-
     /// Starts the plugin, orders one act and tells what came of it.
     fn order(
         &self,
@@ -172,33 +114,14 @@ impl Shared {
         json: bool,
     ) -> Result<(), Failure> {
         let account = self.account.open(config)?;
-        let limits = Limits {
-            value_wei: most.0,
-            fee_wei: config.market.max_fee_wei.into(),
-            daily_fee_wei: config.market.daily_fee_wei.into(),
-        };
-        let (progress, coin) = on_threads(async {
-            let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
-            let done = async {
-                let desk = Desk::begin(plugin.client.clone(), account, limits).await?;
-                let balances = plugin.client.balances(&cx(), desk.account.clone()).await.map_err(DeskError::from)?;
-                let act = act(&desk.account, &balances)?;
-                desk.quote(act.clone()).await?;
-                let progress = desk.carry_out(name, act, Duration::from_secs(self.wait)).await?;
-                Ok((progress, desk.network.coin.clone()))
-            };
-            let done: Result<_, Failure> = done.await;
-            plugin.end().await;
-            done
-        })?;
-        let Progress { transaction, block, fee, .. } = &progress;
-        let text = format!(
-            "done in block {}, transaction {}, fee {}",
-            block.map_or("?".into(), |block| block.to_string()),
-            transaction.as_deref().unwrap_or("?"),
-            fee.map_or("unknown".into(), |fee| coins(fee, &coin)),
-        );
-        Ok(print(json, &json!(progress), text)?)
+        let (progress, coin) = on_threads(at_desk(config, account, most, async |desk| {
+            let balances = desk.chain.balances(&cx(), desk.account.clone()).await.map_err(DeskError::from)?;
+            let act = act(&desk.account, &balances)?;
+            desk.quote(act.clone()).await?;
+            let progress = desk.carry_out(name, act, self.within()).await?;
+            Ok((progress, desk.network.coin.clone()))
+        }))?;
+        Ok(print(json, &json!(progress), done(&progress, &coin))?)
     }
 }
 
@@ -206,19 +129,15 @@ fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
     let config = shared.prepare(json)?;
     let name = shared.account.name(&config)?;
     let address = shared.account.address(&config)?;
-    let (network, heads, balances) = on_threads(async {
-        let plugin = Alone::start(config.clone(), |routes| &routes.chain).await?;
-        let chain = plugin.client.clone();
+    let (network, heads, balances) = on_threads(with_chain(&config, async |chain| {
         let read = async {
             let network = chain.network(&cx()).await?;
             let heads = chain.heads(&cx()).await?;
             let balances = chain.balances(&cx(), address.clone()).await?;
             Ok::<_, DeskError>((network, heads, balances))
         };
-        let read = read.await;
-        plugin.end().await;
-        Ok(read?)
-    })?;
+        Ok(read.await?)
+    }))?;
     let shown = |amount: Amount| coins(amount, &network.coin);
     let node = match (&balances.payout, balances.exits_at_s) {
         (None, _) => "no node of the market".to_owned(),
@@ -247,8 +166,4 @@ fn reclaim(shared: &Shared, json: bool) -> Result<(), Failure> {
         Ok(())
     })?;
     purchases::tell(&config, json)
-}
-
-fn cx() -> Cx {
-    Cx::new().with_timeout(Duration::from_secs(30))
 }

@@ -179,7 +179,7 @@ fn row(node: &Found, offer: &Offer) -> [String; 7] {
 }
 
 /// Looks until the time is over, or until two looks after another have found the same nodes.
-async fn look(visit: &Visit, wanted: Option<&Wanted>, wait: Duration) -> Vec<Found> {
+pub(super) async fn look(visit: &Visit, wanted: Option<&Wanted>, wait: Duration) -> Vec<Found> {
     let until = Instant::now() + wait;
     let mut before: Vec<Found> = Vec::new();
     loop {
@@ -233,7 +233,7 @@ impl Peers {
 }
 
 /// What a stranger wrote, fit for a terminal.
-fn plain(text: &str) -> String {
+pub(super) fn plain(text: &str) -> String {
     text.chars().filter(|letter| !letter.is_control()).take(300).collect()
 }
 

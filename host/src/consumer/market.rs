@@ -215,7 +215,7 @@ impl Market {
 
 /// The nodes that offer what is wanted, each with its offer. Of nodes that give one name to different models, those with the model that
 /// most of them mean.
-fn one_model(wanted: &Wanted, found: Vec<Found>) -> Vec<(Found, Offer)> {
+pub fn one_model(wanted: &Wanted, found: Vec<Found>) -> Vec<(Found, Offer)> {
     let offer = |found: Found| found.models.iter().find(|offer| wanted.is(offer)).cloned().map(|offer| (found, offer));
     let found: Vec<(Found, Offer)> = found.into_iter().filter_map(offer).collect();
     let mut votes: HashMap<Option<String>, usize> = HashMap::new();

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 
 pub mod jobs;
+pub mod posted;
 pub mod purchases;
 pub mod sessions;
 
@@ -52,6 +53,9 @@ pub enum JournalError {
 
 impl From<rusqlite::Error> for JournalError {
     fn from(error: rusqlite::Error) -> Self {
+        if matches!(error, rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..)) {
+            return JournalError::Corrupt(error.to_string());
+        }
         match error.sqlite_error_code() {
             Some(ErrorCode::DiskFull) => JournalError::Full,
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => JournalError::Corrupt(error.to_string()),
