@@ -41,7 +41,7 @@ test: build test-packages nextest clients chain ## Runs every test, against the 
 	$(CARGO) test --release --doc --package fabstir-plugin-api
 	$(CARGO) check --release --package fabstir-benches --benches
 
-bench: build ## Measures the plugin boundary and the speed of answers, beside their floors.
+bench: build ## Measures the plugin boundary, the speed of answers and the cost of vouchers, beside their floors.
 	$(CARGO) bench --package fabstir-benches
 
 clients: test-packages ## Installs OpenAI's Python and Node clients for the tests.

@@ -22,6 +22,7 @@ mod log;
 mod market;
 mod network;
 mod plugin;
+mod purchases;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -64,6 +65,7 @@ enum Command {
     Market(market::Market),
     Jobs(jobs::Jobs),
     Why(jobs::Why),
+    Purchases(purchases::Purchases),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -200,6 +202,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Market(market) => market.execute(json),
         Command::Jobs(jobs) => jobs.execute(json),
         Command::Why(why) => why.execute(json),
+        Command::Purchases(purchases) => purchases.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -5,6 +5,7 @@
 //! remote.rs   one node's models, as an implementation of the kind inference
 //! link.rs     the session with that node: many requests, kept over a drop
 //! result.rs   what came of a posted job, from the node that has it
+//! till.rs     what pays that node, where it asks for money
 //! visit.rs    the transport plugin, for as long as it takes
 //! ```
 //!
@@ -15,6 +16,7 @@ mod link;
 mod market;
 mod remote;
 mod result;
+mod till;
 mod visit;
 
 pub use market::{Found, Market, Wanted, ask_all, find, one_model};

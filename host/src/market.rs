@@ -9,12 +9,14 @@
 //! posting.rs     what a posted job asks for, and what comes of it
 //! transcript.rs  what both sides of a paid session agree was said
 //! seller.rs      the node as one who is paid
+//! buyer.rs       this account as one who pays
 //! ```
 //!
 //! The chain plugin holds no key. [`Desk`] answers what it asks to have signed, by the policy of [`crate::identity`], and follows an
 //! order until the chain has carried it out or refused it.
 
 mod amount;
+pub mod buyer;
 mod desk;
 pub mod earnings;
 pub mod history;
@@ -25,6 +27,7 @@ pub mod seller;
 pub mod transcript;
 
 pub use amount::{AmountError, coins, parse};
+pub use buyer::{Buyer, BuyerError};
 pub use desk::{Desk, DeskError, Limits};
 pub use journal::{Journal, JournalError};
 pub use price::Prices;

@@ -36,6 +36,9 @@ pub struct Starting {
     pub percent: Option<u8>,
 }
 
+/// What the name of a route begins with that is no plugin but another node.
+pub const PEER: &str = "peer:";
+
 /// One generation of a plugin that serves models.
 pub struct InferenceRoute {
     pub plugin: String,

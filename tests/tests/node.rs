@@ -20,6 +20,8 @@ mod loading;
 mod market;
 #[path = "node/network.rs"]
 mod network;
+#[path = "node/paying.rs"]
+mod paying;
 #[path = "node/posting.rs"]
 mod posting;
 #[path = "node/serving.rs"]

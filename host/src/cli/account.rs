@@ -13,11 +13,11 @@ use super::{ConfigArgs, Failure, log};
 use crate::config::Config;
 use crate::identity::{Account, Keyring};
 use crate::market::history::History;
-use crate::market::{self, Desk, DeskError, JournalError, Limits, coins};
+use crate::market::{self, Buyer, BuyerError, Desk, DeskError, JournalError, Limits, coins};
 use crate::supervisor::{Alone, AloneError};
 
 /// Which account a command acts with.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct AccountArgs {
     /// The key to act with, instead of market.key of the configuration.
     #[arg(long, value_name = "NAME")]
@@ -49,6 +49,51 @@ impl AccountArgs {
         let (name, keyring) = (self.name(config)?, Keyring::of(&config.node.data_dir));
         let password = self.password.known(config, &keyring.find(name)?.path)?;
         Ok(keyring.open(name, &password)?)
+    }
+}
+
+/// Whether, and how much, a command may spend.
+#[derive(Debug, Clone, Args)]
+pub(super) struct SpendArgs {
+    /// Pays nodes that ask for money, at most this much in all, as in 0.01eth.
+    ///
+    /// It caps the deposits of the sessions that are opened, less what has come back of them. Fees of the chain come on top, within
+    /// market.max_fee_wei and market.daily_fee_wei. What is not used comes back as credit of the account, which `market withdraw` fetches.
+    /// It needs a chain plugin in the configuration, and a key that owns the money. Without it, only nodes that ask for none are asked.
+    #[arg(long, value_name = "AMOUNT", value_parser = amount)]
+    max_spend: Option<Amount>,
+
+    #[command(flatten)]
+    account: AccountArgs,
+}
+
+/// An account that may spend, until it begins to.
+pub(super) struct Purse {
+    account: Account,
+    most: Amount,
+}
+
+impl SpendArgs {
+    /// The account and what it may spend; `None` where it may spend nothing. To be called on a thread that may ask the terminal.
+    pub fn purse(&self, config: &Config) -> Result<Option<Purse>, Failure> {
+        let Some(most) = self.max_spend else { return Ok(None) };
+        if most.0 == 0 {
+            return Err(Failure::new(Failure::USAGE, "usage", "--max-spend of nothing buys nothing: leave it out"));
+        }
+        Ok(Some(Purse { account: self.account.open(config)?, most }))
+    }
+
+    pub fn is_some(&self) -> bool {
+        self.max_spend.is_some()
+    }
+}
+
+impl Purse {
+    /// Begins to act, and looks after what earlier runs have left.
+    pub async fn begin(self, config: &Config) -> Result<std::sync::Arc<Buyer>, Failure> {
+        let buyer = Buyer::begin(config, self.account, self.most).await?;
+        buyer.sweep(market::buyer::Sweep::Start).await;
+        Ok(buyer)
     }
 }
 
@@ -171,6 +216,16 @@ impl From<DeskError> for Failure {
             DeskError::Pending { .. } => "pending",
         };
         Failure::new(Failure::FAILED, code, error)
+    }
+}
+
+impl From<BuyerError> for Failure {
+    fn from(error: BuyerError) -> Self {
+        match error {
+            BuyerError::Plugin(error) => error.into(),
+            BuyerError::Journal(error) => error.into(),
+            BuyerError::Desk(error) => error.into(),
+        }
     }
 }
 

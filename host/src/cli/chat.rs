@@ -8,10 +8,11 @@ use clap::Args;
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config as EditorConfig, Editor};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Failure;
-use super::network::{Local, NetworkArgs, threads};
+use super::account::SpendArgs;
+use super::network::{Local, NetworkArgs, Paid, threads};
 use crate::config::Config;
 
 mod client;
@@ -62,6 +63,9 @@ pub struct Chat {
     network: bool,
 
     #[command(flatten)]
+    spend: SpendArgs,
+
+    #[command(flatten)]
     reach: NetworkArgs,
 }
 
@@ -85,14 +89,16 @@ impl Chat {
         if let (true, Some(config), Some(model)) = (self.network, &config, &self.model) {
             let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
             self.reach.prepare(json)?;
+            let purse = self.spend.purse(config)?;
             // On threads of its own, which go on while this one waits for the keyboard.
             let threads = threads()?;
-            let opened = threads.block_on(Local::open(&self.reach, config, model, any))?;
+            let opened = threads.block_on(Local::open(&self.reach, config, model, any, purse))?;
             url = format!("http://{}", opened.address);
             local = Some((threads, opened));
         }
         let client = Client::new(&url)?;
-        let mut session = Session {
+        let session = Session {
+            pays: self.spend.is_some(),
             client,
             runtime,
             model: String::new(),
@@ -110,16 +116,19 @@ impl Chat {
             let message = "--json answers one prompt: give it as an argument, or pipe it in";
             return Err(Failure::new(Failure::USAGE, "usage", message));
         }
-        session.model = session.pick_model(self.model)?;
-        let talked = match prompt {
-            Some(prompt) => session.one_shot(prompt, json),
-            None => session.converse(config.as_ref()),
-        };
-        if let Some((threads, local)) = local {
-            threads.block_on(local.close(Duration::from_secs(1)));
+        let answer = session.talk(prompt, self.model, json, config.as_ref());
+        let pays = self.spend.is_some();
+        let paid = local.and_then(|(threads, local)| {
+            let paid = threads.block_on(async {
+                tokio::select! {
+                    paid = local.close(Duration::from_secs(1)) => paid,
+                    _ = tokio::signal::ctrl_c(), if pays => None,
+                }
+            });
             threads.shutdown_background();
-        }
-        talked
+            paid
+        });
+        tell(answer, paid, json)
     }
 
     fn conversation(&self) -> Conversation {
@@ -157,8 +166,23 @@ fn piped() -> Result<String, Failure> {
     }
 }
 
+/// Prints what is left to say once everything is over: the answer for programs, and the receipts.
+fn tell(answer: Result<Option<Value>, Failure>, paid: Option<Paid>, json: bool) -> Result<(), Failure> {
+    // Also where there is no answer.
+    if let (Some(paid), false) = (&paid, json) {
+        paid.tell();
+    }
+    let Some(mut answer) = answer? else { return Ok(()) };
+    if let (Some(paid), Some(answer)) = (paid, answer.as_object_mut()) {
+        answer.insert("purchases".into(), json!(paid.receipts));
+    }
+    Ok(writeln!(io::stdout(), "{answer:#}")?)
+}
+
 /// A chat with one node.
 struct Session {
+    /// Whether sessions are to be given back when the chat is stopped.
+    pays: bool,
     client: Client,
     runtime: tokio::runtime::Runtime,
     model: String,
@@ -180,12 +204,29 @@ impl Session {
         }
     }
 
-    fn one_shot(&mut self, prompt: String, json: bool) -> Result<(), Failure> {
+    /// One answer, or a conversation. Returns the answer where a program is to read it.
+    fn talk(
+        mut self,
+        prompt: Option<String>,
+        model: Option<String>,
+        json: bool,
+        config: Option<&Config>,
+    ) -> Result<Option<Value>, Failure> {
+        self.model = self.pick_model(model)?;
+        match prompt {
+            Some(prompt) => self.one_shot(prompt, json),
+            None => self.converse(config).map(|()| None),
+        }
+    }
+
+    fn one_shot(&mut self, prompt: String, json: bool) -> Result<Option<Value>, Failure> {
         self.conversation.ask(prompt);
         let request = self.conversation.request(&self.model);
         let mut out = io::stdout();
         let mut begun = false;
-        // Nobody catches Ctrl-C here: it ends the process, and the node notices that the connection is gone.
+        // Nobody catches Ctrl-C here unless money is to be given back: it ends the process, and the node notices that the connection is
+        // gone.
+        let pays = self.pays;
         let answer = self.patiently(&mut || {
             let show = |event: Event<'_>| match (event, json) {
                 (Event::Text(text), false) => {
@@ -194,17 +235,22 @@ impl Session {
                 }
                 _ => Ok(()),
             };
-            self.runtime.block_on(self.client.answer(&request, show))
+            self.runtime.block_on(async {
+                tokio::select! {
+                    answer = self.client.answer(&request, show) => answer,
+                    _ = tokio::signal::ctrl_c(), if pays => Err(ChatError::Stopped),
+                }
+            })
         });
         if begun || (answer.is_ok() && !json) {
             writeln!(out)?;
         }
         let answer = answer?;
-        match json {
-            true => writeln!(out, "{:#}", answer.to_json(&self.model))?,
-            false => self.tell_speed(&answer),
+        if json {
+            return Ok(Some(answer.to_json(&self.model)));
         }
-        Ok(())
+        self.tell_speed(&answer);
+        Ok(None)
     }
 
     fn converse(mut self, config: Option<&Config>) -> Result<(), Failure> {

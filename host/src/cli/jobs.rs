@@ -6,10 +6,10 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{ConfigArgs, Failure, print, table};
+use crate::market::coins;
 use crate::market::journal::jobs::{JobRow, State, counts, last};
 use crate::market::journal::look;
 use crate::market::seller::jobs::Cause;
-use crate::market::coins;
 
 /// The coin of amounts in the journal, where the chain is not asked for its name.
 const COIN: &str = "ETH";

@@ -70,7 +70,7 @@ enum Action {
     },
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct PasswordArgs {
     /// A file with the password in its only line, which nobody else can read.
     ///

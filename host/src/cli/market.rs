@@ -6,10 +6,11 @@ use serde_json::json;
 
 use super::account::{Shared, amount, at_desk, cx, done, with_chain};
 use super::network::on_threads;
-use super::{Failure, print, table};
+use super::{Failure, print, purchases, table};
 use crate::config::Config;
 use crate::identity::NodeKey;
-use crate::market::{DeskError, NATIVE, coins};
+use crate::market::buyer::Sweep;
+use crate::market::{Buyer, DeskError, NATIVE, coins};
 
 /// Shows and changes what this node has in the market's contracts.
 ///
@@ -52,12 +53,18 @@ enum Action {
         #[command(flatten)]
         shared: Shared,
     },
+    /// Fetches back what is left of sessions in which this account has paid.
+    ///
+    /// Sessions that a command has left behind are closed; their nodes may still hand in what was promised to them until the session's
+    /// window is over, and `reclaim` after that fetches the rest. What came back is credit, which `withdraw` fetches.
+    Reclaim(Shared),
 }
 
 impl Market {
     pub fn execute(self, json: bool) -> Result<(), Failure> {
         match self.action {
             Action::Status(shared) => status(&shared, json),
+            Action::Reclaim(shared) => reclaim(&shared, json),
             Action::Register { stake, payout, shared } => {
                 let config = shared.prepare(json)?;
                 let key = NodeKey::load_or_create(&config.node.data_dir.join("identity"))
@@ -146,4 +153,17 @@ fn status(shared: &Shared, json: bool) -> Result<(), Failure> {
     ];
     let value = json!({ "account": address, "key": name, "network": network, "heads": heads, "balances": balances });
     Ok(print(json, &value, table(&rows))?)
+}
+
+fn reclaim(shared: &Shared, json: bool) -> Result<(), Failure> {
+    let config = shared.prepare(json)?;
+    let account = shared.account.open(&config)?;
+    on_threads(async {
+        // Nothing but fees is sent.
+        let buyer = Buyer::begin(&config, account, Amount(0)).await?;
+        buyer.sweep(Sweep::All).await;
+        buyer.end().await;
+        Ok(())
+    })?;
+    purchases::tell(&config, json)
 }

@@ -14,10 +14,13 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{ConfigArgs, Failure, log, print, table};
+use super::account::{Purse, SpendArgs};
+use super::{ConfigArgs, Failure, log, print, purchases, table};
 use crate::config::{self, Config};
 use crate::consumer::{Found, Market, Visit, VisitError, Wanted, ask_all, find};
 use crate::gateway;
+use crate::market::Buyer;
+use crate::market::buyer::{Receipt, Sweep};
 use crate::network::capability::Offer;
 use crate::scheduler::Scheduler;
 
@@ -97,6 +100,9 @@ pub struct Peers {
 /// Any OpenAI client can be pointed at the port. Requests go to the best node that offers the model, and to the next one if that
 /// fails before its first token. An answer goes on after a broken connection, as long as its node is back within a minute. Its address
 /// goes to standard output. Ctrl-C ends it.
+///
+/// With --max-spend, nodes that ask for money are asked too, and paid as their answers arrive: at the end a receipt per session goes to
+/// standard error, or with --json as one value to standard output. A request that the budget does not allow is answered with status 402.
 #[derive(Debug, Args)]
 pub struct Connect {
     /// The model's name, or its digest: 64 hexadecimal digits, as `find --json` shows them.
@@ -106,6 +112,9 @@ pub struct Connect {
     /// Where clients connect.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081")]
     listen: SocketAddr,
+
+    #[command(flatten)]
+    spend: SpendArgs,
 
     #[command(flatten)]
     network: NetworkArgs,
@@ -234,49 +243,103 @@ pub(super) struct Local {
     serving: gateway::Serving,
     stop: CancellationToken,
     visit: Visit,
-    market: tokio_util::task::AbortOnDropHandle<()>,
+    market: Arc<Market>,
+    looking: tokio_util::task::AbortOnDropHandle<()>,
+    buyer: Option<Arc<Buyer>>,
+}
+
+/// What a command has paid, and in which coin.
+pub(super) struct Paid {
+    pub receipts: Vec<Receipt>,
+    pub coin: String,
+}
+
+impl Paid {
+    /// Prints the receipts for people, where there are any.
+    pub fn tell(&self) {
+        if !self.receipts.is_empty() {
+            eprintln!("{}", purchases::receipts(&self.receipts, &self.coin));
+        }
+    }
 }
 
 impl Local {
-    pub async fn open(network: &NetworkArgs, config: &Config, model: &str, listen: SocketAddr) -> Result<Self, Failure> {
-        let visit = network.visit(config).await?;
-        let market = Arc::new(Market::new(visit.transport.clone(), Wanted::parse(model)));
+    /// With a purse, nodes that ask for money are paid from it.
+    pub async fn open(
+        network: &NetworkArgs,
+        config: &Config,
+        model: &str,
+        listen: SocketAddr,
+        purse: Option<Purse>,
+    ) -> Result<Self, Failure> {
+        let buyer = match purse {
+            Some(purse) => Some(purse.begin(config).await?),
+            None => None,
+        };
+        let visit = match (network.visit(config).await, &buyer) {
+            (Err(failure), Some(buyer)) => {
+                buyer.end().await;
+                return Err(failure);
+            }
+            (visit, _) => visit?,
+        };
+        let payer = buyer.clone().map(|buyer| (buyer, visit.peer.clone()));
+        let market = Arc::new(Market::new(visit.transport.clone(), Wanted::parse(model), payer));
         let routes = market.routes();
         // Another node is another chance, and there may be many.
         let scheduler =
             Scheduler::new(config::Scheduler { retries: config.scheduler.retries.max(3), ..config.scheduler.clone() }, routes);
-        let market = tokio::spawn(async move { market.run().await });
+        let looking = tokio::spawn({
+            let market = market.clone();
+            async move { market.run().await }
+        });
         let metrics = gateway::Metrics::new(&scheduler, Arc::new(|| Box::pin(async { Vec::new() })));
         let stop = CancellationToken::new();
         let config = config::Gateway { listen, ..config.gateway.clone() };
         let serving = gateway::serve(config, scheduler, metrics, stop.clone()).await;
         let serving = serving.map_err(|error| Failure::new(Failure::FAILED, "gateway", error))?;
-        let market = tokio_util::task::AbortOnDropHandle::new(market);
-        Ok(Self { address: serving.address, serving, stop, visit, market })
+        let looking = tokio_util::task::AbortOnDropHandle::new(looking);
+        Ok(Self { address: serving.address, serving, stop, visit, market, looking, buyer })
     }
 
-    /// Lets running answers end, at most for so long.
-    pub async fn close(self, drain: Duration) {
-        let Self { serving, stop, visit, market, .. } = self;
+    /// Lets running answers end, at most for so long; then gives back what was paid for and not used.
+    pub async fn close(self, drain: Duration) -> Option<Paid> {
+        let Self { serving, stop, visit, market, looking, buyer, .. } = self;
         stop.cancel();
         // Those that are left are cut off.
         let _ = tokio::time::timeout(drain, serving.task).await;
+        drop(looking);
+        let paid = match &buyer {
+            Some(buyer) => {
+                market.close().await;
+                buyer.sweep(Sweep::End).await;
+                let receipts = buyer.receipts().await.unwrap_or_else(|error| {
+                    tracing::error!(%error, "What was bought cannot be read.");
+                    Vec::new()
+                });
+                buyer.end().await;
+                Some(Paid { receipts, coin: buyer.desk.network.coin.clone() })
+            }
+            None => None,
+        };
         // With it go the sessions, so that the visit has nothing to wait for.
         drop(market);
         visit.end().await;
+        paid
     }
 }
 
 impl Connect {
     pub fn execute(self, json: bool) -> Result<(), Failure> {
         let config = self.network.prepare(json)?;
+        let purse = self.spend.purse(&config)?;
         on_threads(async {
             let signals =
                 |error: std::io::Error| Failure::new(Failure::FAILED, "signals", format!("signals cannot be received: {error}"));
             let mut terminate = signal(SignalKind::terminate()).map_err(signals)?;
             let mut interrupt = signal(SignalKind::interrupt()).map_err(signals)?;
             let local = tokio::select! {
-                local = Local::open(&self.network, &config, &self.model, self.listen) => local?,
+                local = Local::open(&self.network, &config, &self.model, self.listen, purse) => local?,
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
             };
@@ -286,10 +349,15 @@ impl Connect {
                 _ = interrupt.recv() => {}
             }
             let end = local.close(Duration::from_millis(config.node.drain_timeout_ms));
-            tokio::select! {
-                () = end => {}
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+            let paid = tokio::select! {
+                paid = end => paid,
+                _ = terminate.recv() => None,
+                _ = interrupt.recv() => None,
+            };
+            match paid {
+                Some(paid) if json => writeln!(std::io::stdout(), "{:#}", json!({ "purchases": paid.receipts }))?,
+                Some(paid) => paid.tell(),
+                None => {}
             }
             Ok(())
         })

@@ -66,6 +66,8 @@ fn every_command_takes_json() {
         "job cancel 1",
         "job accept 1",
         "earnings",
+        "purchases",
+        "market reclaim",
         "keys new x",
         "keys import x",
         "keys list",

@@ -16,10 +16,12 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::link::Link;
-use super::remote::Remote;
+use super::remote::{Remote, is_free};
+use super::till::Till;
+use crate::market::Buyer;
 use crate::network::capability::{self, Offer, Record, Sealed};
 use crate::network::{now_ms, topics};
-use crate::routes::{InFlight, InferenceRoute, Routes, ServedModel, Starting};
+use crate::routes::{InFlight, InferenceRoute, PEER, Routes, ServedModel, Starting};
 
 /// Nodes that are asked at the same time what they offer.
 const QUESTIONS: usize = 32;
@@ -105,6 +107,8 @@ impl Found {
 pub struct Market {
     transport: Arc<dyn Transport>,
     wanted: Wanted,
+    /// Who pays, and what this side is called in the network; without it, nodes that ask for money are asked nothing.
+    payer: Option<(Arc<Buyer>, PeerId)>,
     generations: AtomicU64,
     known: Mutex<HashMap<PeerId, Known>>,
     routes: watch::Sender<Arc<Routes>>,
@@ -119,11 +123,11 @@ struct Known {
 }
 
 impl Market {
-    pub fn new(transport: Arc<dyn Transport>, wanted: Wanted) -> Self {
+    pub fn new(transport: Arc<dyn Transport>, wanted: Wanted, payer: Option<(Arc<Buyer>, PeerId)>) -> Self {
         let doing = format!("looking for nodes that offer {wanted}");
         let starting = vec![Starting { plugin: "network".into(), doing, percent: None }];
         let routes = watch::Sender::new(Arc::new(Routes { starting, ..Routes::default() }));
-        Self { transport, wanted, generations: AtomicU64::new(0), known: Mutex::default(), routes }
+        Self { transport, wanted, payer, generations: AtomicU64::new(0), known: Mutex::default(), routes }
     }
 
     /// What the scheduler reads.
@@ -141,6 +145,12 @@ impl Market {
         }
     }
 
+    /// Gives back every session that is paid for. To be called once nothing more is asked, and looking has ended.
+    pub async fn close(&self) {
+        let tills: Vec<Arc<Till>> = self.known.lock().values().filter_map(|known| known.remote.till.clone()).collect();
+        futures::future::join_all(tills.iter().map(|till| till.close())).await;
+    }
+
     fn update(&self, found: Vec<Found>) {
         let found = one_model(&self.wanted, found);
         let mut known = self.known.lock();
@@ -150,9 +160,15 @@ impl Market {
                 let destination =
                     Destination { peer: found.peer.clone(), addresses: found.addresses.clone(), protocol: String::new() };
                 tracing::info!(peer = %found.peer, agent = %found.agent, latency_ms = found.latency_ms, "Found a node.");
-                let link = Link::new(self.transport.clone(), destination);
+                if self.payer.is_none() && !is_free(&offer) {
+                    let (input, output) = (offer.price_input_wei_per_mtok, offer.price_output_wei_per_mtok);
+                    tracing::info!(peer = %found.peer, input, output, "It asks for money (wei/Mtok): without --max-spend it is not asked.");
+                }
+                let link = Arc::new(Link::new(self.transport.clone(), destination));
+                let payer = self.payer.clone();
+                let till = payer.map(|(buyer, own)| Till::new(buyer, link.clone(), found.peer.clone(), own));
                 Known {
-                    remote: Arc::new(Remote { link, name: self.wanted.to_string(), offer: RwLock::new(offer.clone()) }),
+                    remote: Arc::new(Remote { link, till, name: self.wanted.to_string(), offer: RwLock::new(offer.clone()) }),
                     generation: self.generations.fetch_add(1, Ordering::Relaxed) + 1,
                     in_flight: InFlight::new(None),
                     found: found.clone(),
@@ -173,6 +189,11 @@ impl Market {
             stays
         });
         let mut ranked: Vec<&Known> = known.values().collect();
+        let is_free = |known: &&Known| is_free(&known.remote.offer.read());
+        // Where nobody is free, the best of the others says what it costs.
+        if self.payer.is_none() && ranked.iter().any(is_free) {
+            ranked.retain(is_free);
+        }
         ranked.sort_by_key(|known| known.found.rank(&self.wanted));
         let inference: Vec<Arc<InferenceRoute>> = ranked.into_iter().map(|known| Arc::new(self.route(known))).collect();
         let starting = if inference.is_empty() { self.routes.borrow().starting.clone() } else { Vec::new() };
@@ -183,7 +204,7 @@ impl Market {
         let Offer { context, slots, digest, .. } = known.remote.offer.read().clone();
         let served = ServedModel { id: self.wanted.to_string(), context, parallel: slots.clamp(1, MOST_SLOTS), digest };
         InferenceRoute {
-            plugin: format!("peer:{}", known.found.peer),
+            plugin: format!("{PEER}{}", known.found.peer),
             generation: known.generation,
             models: vec![served],
             inference: known.remote.clone(),

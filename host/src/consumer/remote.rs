@@ -1,22 +1,29 @@
 //! A model of a remote node, as the kind inference: what the local scheduler sees of it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use fabstir_plugin_api::chain::Amount;
 use fabstir_plugin_api::context::Cx;
-use fabstir_plugin_api::error::{PluginError, Result};
+use fabstir_plugin_api::error::{Code, PluginError, Result};
 use fabstir_plugin_api::inference::{Chunk, Generation, Inference, Loaded, Model};
 use fabstir_plugin_api::stream::Stream;
 use parking_lot::RwLock;
 
 use super::link::Link;
+use super::till::Till;
+use crate::market::coins;
 use crate::network::capability::Offer;
+use crate::scheduler::estimated_tokens;
 
 /// The time for a request that came without a deadline.
 const LONGEST: Duration = Duration::from_secs(3600);
 
 pub(super) struct Remote {
-    pub link: Link,
+    pub link: Arc<Link>,
+    /// What pays it, where money may be spent.
+    pub till: Option<Arc<Till>>,
     /// What the model is called here; the node may call it otherwise.
     pub name: String,
     /// What the node last said of it.
@@ -50,9 +57,32 @@ impl Inference for Remote {
     }
 
     async fn generate(&self, cx: &Cx, request: Generation) -> Result<Stream<Chunk>> {
-        let model = self.known(&request.model)?.name;
+        let offer = self.known(&request.model)?;
+        let ticket = match &self.till {
+            _ if is_free(&offer) => None,
+            Some(till) => till.ready(&offer, estimated_tokens(&request.input)).await?,
+            None => return Err(costs(&offer)),
+        };
+        let most = request.max_tokens.unwrap_or(offer.context).min(offer.context);
+        let model = offer.name;
         // What keeps local clients apart is no business of the node's, which keeps its peers apart itself.
         let request = Generation { model, cache_salt: String::new(), priority: 0, ..request };
-        self.link.ask(request, cx.remaining().unwrap_or(LONGEST))
+        self.link.ask(request, cx.remaining().unwrap_or(LONGEST), ticket, most.into())
     }
+}
+
+/// Whether a node asks for no money.
+pub(super) fn is_free(offer: &Offer) -> bool {
+    offer.price_input_wei_per_mtok == 0 && offer.price_output_wei_per_mtok == 0
+}
+
+fn costs(offer: &Offer) -> PluginError {
+    let eth = |wei: u128| coins(Amount(wei), "ETH");
+    let message = format!(
+        "nobody offers `{}` for free: {} for a million tokens read and {} for a million generated is the best price; allow it with          --max-spend, as in --max-spend 0.01eth",
+        offer.name,
+        eth(offer.price_input_wei_per_mtok),
+        eth(offer.price_output_wei_per_mtok)
+    );
+    PluginError::new(Code::Denied, message)
 }

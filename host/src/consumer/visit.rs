@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::PluginError;
-use fabstir_plugin_api::transport::{Join, Role, Transport};
+use fabstir_plugin_api::transport::{Join, PeerId, Role, Transport};
 use tempfile::TempDir;
 
 use crate::config::Config;
@@ -41,6 +41,8 @@ pub enum VisitError {
 pub struct Visit {
     plugin: Alone<dyn Transport>,
     pub transport: Arc<dyn Transport>,
+    /// What this visitor is called in the network.
+    pub peer: PeerId,
     /// The plugin's state goes with the visit: that of a node that runs beside it stays its own.
     _folder: TempDir,
 }
@@ -59,10 +61,11 @@ impl Visit {
             AloneError::None { .. } => VisitError::NoTransport,
             AloneError::Start { .. } => VisitError::Start(error),
         })?;
-        let visit = Self { transport: plugin.client.clone(), plugin, _folder: folder };
+        let transport = plugin.client.clone();
         let key = NodeKey::ephemeral().map_err(VisitError::Key)?;
         let join = Join { secret_key: key.secret().to_vec(), role: Role::Visitor };
-        visit.transport.join(&Cx::new().with_timeout(START), join).await.map_err(VisitError::Join)?;
+        let peer = transport.join(&Cx::new().with_timeout(START), join).await.map_err(VisitError::Join)?.id;
+        let visit = Self { transport, peer, plugin, _folder: folder };
         visit.dial(bootstrap).await?;
         Ok(visit)
     }

@@ -119,7 +119,8 @@ impl From<Refused> for ApiError {
                 Self::new(S::SERVICE_UNAVAILABLE, "unavailable_error", "unavailable", message)
             }
             Code::DeadlineExceeded => Self::new(S::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded", message),
-            Code::Panicked | Code::Corrupt | Code::Denied | Code::Protocol | Code::Internal | Code::Unknown => {
+            Code::Denied => Self::new(S::PAYMENT_REQUIRED, "payment_error", "payment_required", message),
+            Code::Panicked | Code::Corrupt | Code::Protocol | Code::Internal | Code::Unknown => {
                 Self::new(S::INTERNAL_SERVER_ERROR, "server_error", "internal_error", message)
             }
         };
@@ -162,6 +163,7 @@ mod tests {
             (Code::Unavailable, 503),
             (Code::Unimplemented, 501),
             (Code::DeadlineExceeded, 504),
+            (Code::Denied, 402),
             (Code::Panicked, 500),
             (Code::Internal, 500),
             (Code::Protocol, 500),

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 
 pub mod jobs;
 pub mod posted;
+pub mod purchases;
 pub mod sessions;
 
 /// The layout of the tables, step by step: a file that has taken the first n steps says so in its `user_version`.

@@ -6,6 +6,7 @@ use fabstir_plugin_api::error::{Code, PluginError};
 use tracing::error;
 
 use super::queue::Lane;
+use crate::routes::PEER;
 
 /// A request that was not admitted, or that failed for good.
 ///
@@ -40,6 +41,10 @@ impl Refused {
             Code::InvalidArgument | Code::NotFound | Code::TooLong | Code::Unimplemented => {
                 return Self { code: error.code, message: error.message, retry_after };
             }
+            // About money: another node asks for some that is not there, or was not allowed.
+            Code::Denied if lane.plugin.starts_with(PEER) => {
+                return Self { code: error.code, message: error.message, retry_after };
+            }
             Code::DeadlineExceeded => return Self::deadline("in the model's plugin"),
             Code::Overloaded | Code::Unavailable | Code::Cancelled => "the model's plugin went away while it answered",
             Code::Full => "the model's plugin has no memory left for this request",
@@ -47,6 +52,8 @@ impl Refused {
         };
         let Lane { plugin, generation, model } = lane;
         error!(%plugin, generation, %model, code = %error.code, %error, "Request failed in a plugin.");
-        Self { code: error.code, message: message.into(), retry_after }
+        // What the operating system denies a plugin is no business of the client's.
+        let code = if error.code == Code::Denied { Code::Internal } else { error.code };
+        Self { code, message: message.into(), retry_after }
     }
 }
