@@ -76,8 +76,8 @@ async fn walk() -> Told<Stage> {
     let chain = DevChain::start()?;
     let config = chain.config();
     line("chain", format!("anvil, {}, number {}", config["rpc"][0].as_str().unwrap_or("?"), config["chain_id"]));
-    line("escrow", &config["contracts"]["escrow"]);
-    line("nodes", &config["contracts"]["nodes"]);
+    line("escrow", text(&config["contracts"]["escrow"]));
+    line("nodes", text(&config["contracts"]["nodes"]));
 
     let client = place(&chain, CLIENT, "", "", NET);
     let payout = place(&chain, PAYOUT, "", "", "");
@@ -148,7 +148,7 @@ async fn discover(client: &Place, bootstrap: &[&str]) -> Told<()> {
                 node["latency_ms"].as_f64().unwrap_or(0.0),
             ),
         );
-        line("", &node["peer"]);
+        line("", text(&node["peer"]));
     }
     line("found in", format!("{:.1} s", began.elapsed().as_secs_f64()));
     Ok(())
@@ -178,15 +178,18 @@ async fn session(client: Place, nodes: &[Provider; 2]) -> Told<Place> {
     }
     local.signal(libc::SIGINT);
     local.exit(2 * LIMIT).await;
-    for receipt in local.further_output() {
-        line("", receipt.trim());
-    }
     eventually("a node has settled the session", SETTLED, async || {
         let settled = nodes.iter().any(|node| earnings(node)["sessions"]["settled"]["count"].as_u64() == Some(1));
         settled.then_some(())
     })
     .await;
-    Ok(local.into_place())
+    let client = local.into_place();
+    for bought in client.ran(&["purchases", "--json"]).json()["purchases"].as_array().into_iter().flatten() {
+        let (paid, deposit, back) = (wei(&bought["to_host"])?, wei(&bought["deposit"])?, wei(&bought["to_client"])?);
+        line("settled", format!("{} to the node of a deposit of {}, {} back", eth(paid), eth(deposit), eth(back)));
+        line("", format!("session {}", text(&bought["session"])));
+    }
+    Ok(client)
 }
 
 fn job(client: &Place, bootstrap: &[&str]) -> Told<()> {
