@@ -7,6 +7,8 @@ CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 PLUGINS := chain-base inference-echo inference-llama-cpp storage-disk transport-libp2p
+# make demo KEEP=1 leaves everything up until Ctrl-C.
+KEEP ?=
 # GPU backends for llama.cpp, built in: make run FEATURES=cuda
 FEATURES ?=
 comma := ,
@@ -14,7 +16,7 @@ LLAMA_FEATURES := $(if $(FEATURES),--features $(subst $(comma),$(comma)inference
 
 CONTRACTS := plugins/chain-base/contracts
 
-.PHONY: help run build test bench clients chain check-rust build-packages test-packages nextest
+.PHONY: help run build test bench clients chain demo check-rust build-packages test-packages nextest
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -47,6 +49,10 @@ clients: test-packages ## Installs OpenAI's Python and Node clients for the test
 
 chain: test-packages ## Installs a development chain and the tools of the contracts, from npm.
 	npm ci --prefix $(CONTRACTS) --no-audit --no-fund
+
+demo: build chain ## Shows the whole market on this machine: a chain, two nodes, a paid session, a posted job.
+	$(CARGO) build --release --package fabstir-tests --example demo
+	@$(BIN)/examples/demo $(if $(KEEP),--keep)
 
 check-rust:
 	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust 1.90 or newer from https://rustup.rs'; exit 1; }

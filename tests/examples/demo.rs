@@ -10,16 +10,27 @@ use std::time::{Duration, Instant};
 use fabstir_host::market::coins;
 use fabstir_plugin_api::chain::Amount;
 use fabstir_tests::dev_chain::DevChain;
-use fabstir_tests::market::{Account, CLIENT, NODE, OTHER_NODE, PAYOUT, PRICES, place};
+use fabstir_tests::market::{Account, CLIENT, NODE, OTHER_NODE, PAYOUT, place};
 use fabstir_tests::peers::{NET, Provider, net_from};
 use fabstir_tests::{LIMIT, Node, Place, artifact, chat, eventually, tiny_chat};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-const QUESTION: &str = "What is the capital of France?";
+const QUESTIONS: [&str; 5] = [
+    "What is the capital of France?",
+    "What is the capital of Italy?",
+    "What is the capital of Japan?",
+    "What is the capital of Spain?",
+    "What is the capital of Norway?",
+];
 const STORAGE: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
 /// What the client puts down at most, for a session and for a job.
-const MOST: &str = "0.01eth";
+const MOST: &str = "0.1eth";
+/// At these prices a few short answers are worth more than the fees of their settlement. In wei for a million tokens.
+const PRICES: &str =
+    "[network]\nprice_input_wei_per_mtok = 2_000_000_000_000_000_000\nprice_output_wei_per_mtok = 8_000_000_000_000_000_000";
+/// A development chain has safe blocks late: the nodes do not wait for them below this amount.
+const MARKET: &str = "sure_above_wei = 1_000_000_000_000_000_000";
 const STAKE: &str = "1eth";
 /// How long the node may take to hand in the vouchers of a session that is over.
 const SETTLED: Duration = Duration::from_secs(60);
@@ -65,8 +76,8 @@ async fn walk() -> Told<Stage> {
     let chain = DevChain::start()?;
     let config = chain.config();
     line("chain", format!("anvil, {}, number {}", config["rpc"][0].as_str().unwrap_or("?"), config["chain_id"]));
-    line("escrow", &config["contracts"]["escrow"]);
-    line("nodes", &config["contracts"]["nodes"]);
+    line("escrow", text(&config["contracts"]["escrow"]));
+    line("nodes", text(&config["contracts"]["nodes"]));
 
     let client = place(&chain, CLIENT, "", "", NET);
     let payout = place(&chain, PAYOUT, "", "", "");
@@ -74,11 +85,11 @@ async fn walk() -> Told<Stage> {
     let mut before = vec![total(&client)?, total(&payout)?];
 
     step("Two nodes, each with a stake; the second knows only the first");
-    let first = place(&chain, NODE, PRICES, "", &format!("{NET}{STORAGE}{}", tiny_chat()));
+    let first = place(&chain, NODE, PRICES, MARKET, &format!("{NET}{STORAGE}{}", tiny_chat()));
     before.push(total(&first)?);
     let first = start(first, "node 1").await?;
     let entries = format!("{}{STORAGE}{}", net_from(&first.address), tiny_chat());
-    let second = place(&chain, OTHER_NODE, PRICES, "", &entries);
+    let second = place(&chain, OTHER_NODE, PRICES, MARKET, &entries);
     before.push(total(&second)?);
     let nodes = [first, start(second, "node 2").await?];
 
@@ -137,7 +148,7 @@ async fn discover(client: &Place, bootstrap: &[&str]) -> Told<()> {
                 node["latency_ms"].as_f64().unwrap_or(0.0),
             ),
         );
-        line("", &node["peer"]);
+        line("", text(&node["peer"]));
     }
     line("found in", format!("{:.1} s", began.elapsed().as_secs_f64()));
     Ok(())
@@ -149,38 +160,42 @@ async fn session(client: Place, nodes: &[Provider; 2]) -> Told<Place> {
         ["connect", "--model", "tiny-chat", "--listen", "127.0.0.1:0", "--max-spend", MOST, "--bootstrap", &nodes[0].address];
     let mut local = Node::start_command(client, &arguments);
     local.healthy().await;
-    let began = Instant::now();
-    let told = local.stream(chat("tiny-chat", QUESTION)).await.rest().await;
-    if !told.is_whole() {
-        return Err(format!("the answer was not whole: {told:?}"));
+    for question in QUESTIONS {
+        let began = Instant::now();
+        let told = local.stream(chat("tiny-chat", question)).await.rest().await;
+        if !told.is_whole() {
+            return Err(format!("the answer was not whole: {told:?}"));
+        }
+        let first = told.first.map_or(0.0, |first| (first - began).as_secs_f64());
+        line(
+            "asked",
+            format!(
+                "{question} {} ({first:.2} s to the first token, {:.2} s in all)",
+                told.text.trim(),
+                began.elapsed().as_secs_f64()
+            ),
+        );
     }
-    line("asked", QUESTION);
-    line("answered", told.text.trim());
-    let first = told.first.map_or(0.0, |first| (first - began).as_secs_f64());
-    line(
-        "time",
-        format!(
-            "{first:.2} s to the first token, session opened on the chain included; {:.2} s in all",
-            began.elapsed().as_secs_f64()
-        ),
-    );
-    local.signal(libc::SIGTERM);
-    local.exit(LIMIT).await;
-    for receipt in local.further_output() {
-        line("", receipt.trim());
-    }
+    local.signal(libc::SIGINT);
+    local.exit(2 * LIMIT).await;
     eventually("a node has settled the session", SETTLED, async || {
         let settled = nodes.iter().any(|node| earnings(node)["sessions"]["settled"]["count"].as_u64() == Some(1));
         settled.then_some(())
     })
     .await;
-    Ok(local.into_place())
+    let client = local.into_place();
+    for bought in client.ran(&["purchases", "--json"]).json()["purchases"].as_array().into_iter().flatten() {
+        let (paid, deposit, back) = (wei(&bought["to_host"])?, wei(&bought["deposit"])?, wei(&bought["to_client"])?);
+        line("settled", format!("{} to the node of a deposit of {}, {} back", eth(paid), eth(deposit), eth(back)));
+        line("", format!("session {}", text(&bought["session"])));
+    }
+    Ok(client)
 }
 
 fn job(client: &Place, bootstrap: &[&str]) -> Told<()> {
     let began = Instant::now();
     let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--wait"];
-    let posted = client.run(&[&post[..], bootstrap, &[QUESTION]].concat());
+    let posted = client.run(&[&post[..], bootstrap, &QUESTIONS[..1]].concat());
     if posted.code != 0 {
         return Err(format!("the job was not worked: {posted:#?}"));
     }
@@ -338,7 +353,7 @@ impl Stage {
         println!("\n  cd {}", folder.display());
         let bootstrap = &nodes[0].address;
         for command in [
-            format!("job post --model tiny-chat --max {MOST} --bootstrap {bootstrap} --wait \"{QUESTION}\""),
+            format!("job post --model tiny-chat --max {MOST} --bootstrap {bootstrap} --wait \"{}\"", QUESTIONS[0]),
             format!("connect --model tiny-chat --max-spend {MOST} --bootstrap {bootstrap}"),
             "purchases".into(),
             "market status".into(),

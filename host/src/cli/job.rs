@@ -143,11 +143,13 @@ async fn accept(desk: &Desk, id: JobId, within: Duration) -> Result<Paid, Failur
 fn only_client(desk: &Desk, id: JobId, job: &Posting) -> Result<(), Failure> {
     match same(&job.client, &desk.account) {
         true => Ok(()),
-        false => {
-            let message = format!("job {id} was posted by {}, and this is {}: name its key with --key", job.client, desk.account);
-            Err(Failure::new(Failure::FAILED, "not_yours", message))
-        }
+        false => Err(not_yours(desk, id, job)),
     }
+}
+
+fn not_yours(desk: &Desk, id: JobId, job: &Posting) -> Failure {
+    let message = format!("job {id} was posted by {}, and this is {}: name its key with --key", job.client, desk.account);
+    Failure::new(Failure::FAILED, "not_yours", message)
 }
 
 fn cancel(id: JobId, shared: &Shared, json: bool) -> Result<(), Failure> {
@@ -175,10 +177,9 @@ async fn take_back(desk: &Desk, id: JobId, within: Duration) -> Result<(Vec<Prog
         let now = now_s(&desk.chain).await?;
         let is_overdue = job.until_s.is_some_and(|until| now > until);
         let (name, act) = match (job.state, is_overdue) {
-            (JobState::Open, false) => {
-                only_client(desk, id, &job)?;
-                ("cancel", Act::CancelJob { job: id })
-            }
+            // Its client can do that at any time, whatever this machine's clock says.
+            (JobState::Open, _) if same(&job.client, &desk.account) => ("cancel", Act::CancelJob { job: id }),
+            (JobState::Open, false) => return Err(not_yours(desk, id, &job)),
             (JobState::Open | JobState::Claimed, true) => ("expire", Act::ExpireJob { job: id }),
             _ if !orders.is_empty() => return Ok((orders, job)),
             _ => return Err(cannot_cancel(id, &job, now)),

@@ -60,6 +60,12 @@ fn every_command_takes_json() {
     for line in [
         "run",
         "chat hi",
+        "job post --model x --max 1eth hi",
+        "job status",
+        "job result 1",
+        "job cancel 1",
+        "job accept 1",
+        "earnings",
         "purchases",
         "market reclaim",
         "keys new x",

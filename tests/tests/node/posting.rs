@@ -1,9 +1,12 @@
 //! Jobs that a client posts, through the shipped binary, on a development chain.
 
 use fabstir_tests::dev_chain::DevChain;
-use fabstir_tests::market::{CLIENT, OTHER_CLIENT, place};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use fabstir_tests::market::{CLIENT, NODE, OTHER_CLIENT, PRICES, node, place};
 use fabstir_tests::peers::NET;
-use fabstir_tests::{Place, Ran};
+use fabstir_tests::{LIMIT, Place, Ran, eventually, tiny_chat};
 use serde_json::Value;
 
 /// The digest of a model that nobody offers.
@@ -187,4 +190,98 @@ fn nothing_earned_is_said_so_with_and_without_a_chain() {
     assert!(away.err.contains("cannot be asked"), "a warning says why: {away:#?}");
     let alone = Place::new("").ran(&["earnings", "--json"]).json();
     assert!(alone["chain"].is_null() && alone["chain_error"].as_str().is_some_and(|why| why.contains("keys new")), "{alone:#}");
+}
+
+/// Below the amount from which on a node waits for a safe block, which a development chain has late.
+const HALF: u128 = MAX / 2;
+/// Where a node's storage keeps its results.
+const DISK: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
+
+/// The files of a folder and of those below it.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_worked_its_result_checked_and_accepting_it_pays_the_node() {
+    let chain = DevChain::start().expect("a chain");
+    let provider = node(&chain, NODE, "", &format!("{}{DISK}", tiny_chat())).await;
+    provider.node.serves("tiny-chat").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let bootstrap = ["--bootstrap", provider.address.as_str()];
+    let before = balances(&client);
+
+    // By the model's name, at the price that its node asks, and waited for.
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.005eth", "--temperature", "0", "--wait"];
+    let posted = client.ran(&[&post[..], &bootstrap, &["What is the capital of France?"]].concat()).json();
+    assert!(posted["output"]["text"].as_str().is_some_and(|text| text.contains("Paris")), "{posted:#}");
+    assert!(PRICES.replace('_', "").contains(posted["terms"]["price_output_per_mtok"].as_str().expect("a price")), "{posted:#}");
+    let fee = wei(&posted["order"]["fee"]);
+
+    let fetched = client.ran(&[&["job", "result", "1", "--json"], &bootstrap[..]].concat()).json();
+    assert_eq!((&fetched["output"], &fetched["result"]), (&posted["output"], &posted["result"]));
+    let told = client.ran(&["job", "status", "1"]).out;
+    assert!(told.contains("has a result") && told.contains("--accept") && told.contains("tokens read"), "{told}");
+    assert!(refusal(&client.run(&["job", "cancel", "1", "--json"]), "delivered").contains("job result 1"));
+    let earned = eventually("the node notes what it has handed in", LIMIT, async || {
+        let earned = provider.node.place.ran(&["earnings", "--json"]).json();
+        (earned["jobs"]["submitted"]["count"] == 1).then_some(earned)
+    })
+    .await;
+    let price = wei(&earned["outstanding"]);
+    assert!(price > 0 && price < HALF && wei(&earned["earned"]) == 0, "{earned:#}");
+
+    let accepted = client.ran(&[&["job", "result", "1", "--accept", "--json"], &bootstrap[..]].concat()).json();
+    assert_eq!(accepted["output"], posted["output"]);
+    let division = &accepted["division"];
+    assert_eq!((wei(&division["to_host"]), wei(&division["to_client"])), (price, HALF - price), "{accepted:#}");
+    let fees = fee + wei(&accepted["order"]["fee"]);
+    assert_eq!(balances(&client), (before.0 - HALF - fees, before.1 + HALF - price), "to the wei");
+    assert!(client.ran(&["job", "status", "1"]).out.contains("is paid"));
+    assert!(refusal(&client.run(&["job", "accept", "1", "--json"]), "nothing").contains("is paid"));
+    let earned = eventually("the node notes its pay", LIMIT, async || {
+        let earned = provider.node.place.ran(&["earnings", "--json"]).json();
+        (wei(&earned["earned"]) == price).then_some(earned)
+    })
+    .await;
+    assert_eq!((wei(&earned["outstanding"]), wei(&earned["chain"]["mined"])), (0, price), "{earned:#}");
+    assert_eq!(wei(&earned["chain"]["credit"]), price, "it waits for the payout account");
+    let table = provider.node.place.ran(&["earnings"]).out;
+    assert!(table.contains("1 job") && table.contains("to be withdrawn"), "{table}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_gives_another_result_than_it_has_committed_to_is_not_believed_and_not_accepted() {
+    let chain = DevChain::start().expect("a chain");
+    let provider = node(&chain, NODE, "", &format!("{}{DISK}", tiny_chat())).await;
+    provider.node.serves("tiny-chat").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let bootstrap = ["--bootstrap", provider.address.as_str()];
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.005eth", "--challenge-within", "600", "--wait"];
+    let posted = client.ran(&[&post[..], &bootstrap, &["Hello"]].concat()).json();
+    let text = posted["output"]["text"].as_str().expect("a text");
+
+    let data = provider.node.place.path().join("data");
+    let holds = |file: &PathBuf| fs::read(file).is_ok_and(|bytes| bytes.windows(9).any(|window| window == b"\"finish\":"));
+    let kept: Vec<PathBuf> =
+        files(&data).into_iter().filter(|file| file.starts_with(data.join("state/disk")) && holds(file)).collect();
+    assert_eq!(kept.len(), 1, "one result is kept: {kept:?}");
+    let bytes = fs::read(&kept[0]).expect("it can be read");
+    let lie = String::from_utf8(bytes.clone()).expect("a document is text").replacen("\"text\":\"", "\"text\":\"No. ", 1);
+    fs::write(&kept[0], &lie).expect("it can be written");
+    for more in [&[][..], &["--accept"]] {
+        let lied = client.run(&[&["job", "result", "1", "--json"], more, &bootstrap].concat());
+        assert_ne!(lied.code, 0, "{lied:#?}");
+        assert!(!lied.out.contains(text) && !lied.out.contains("No. "), "what was not checked is not shown: {lied:#?}");
+    }
+    assert_eq!(client.ran(&["job", "status", "1", "--json"]).json()["job"]["state"], "delivered");
+
+    fs::write(&kept[0], &bytes).expect("it can be written");
+    let fetched = client.run(&[&["job", "result", "1", "--json"], &bootstrap[..]].concat());
+    assert_eq!(fetched.json()["output"], posted["output"], "{fetched:#?}");
+    // A node that is away is an error too, with the next step.
+    drop(provider);
+    let away = client.run(&["job", "result", "1", "--json"]);
+    assert!(refusal(&away, "unreachable").contains("--bootstrap"), "{away:#?}");
 }

@@ -141,8 +141,12 @@ impl Post {
             at_desk(&config, account, self.max, async |desk| {
                 let taken = self.post(&config, desk, &draft).await?;
                 match (self.wait, taken.id) {
+                    (false, _) => self.tell(desk, &draft, &taken, json).await,
                     (true, Some(id)) => self.follow(&config, desk, &draft, taken, id, json).await,
-                    _ => self.tell(desk, &draft, &taken, json).await,
+                    (true, None) => {
+                        let message = "the job is posted, and the chain does not tell its number: `fabstir-node job status` will";
+                        Err(Failure::new(Failure::FAILED, "no_number", message))
+                    }
                 }
             })
             .await
