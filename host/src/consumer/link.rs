@@ -335,15 +335,16 @@ impl Shared {
                 self.take_piece(id, seq, Ok(Chunk::Text(text)), message)
             }
             Tell::Chunk { id, seq, chunk } => self.take_piece(id, seq, Ok(chunk), message),
-            Tell::Failed { id, seq, refusal } => match self.state.lock().calls.remove(&id) {
+            Tell::Failed { id, seq, refusal } => match self.called(id) {
                 Some(call) => {
+                    // Whoever has given up waiting does not want to know.
                     let _ = call.send(Err(refusal));
                     Ok(())
                 }
                 None => self.take_piece(id, seq, Err(refusal), message),
             },
             Tell::Offer { id, .. } | Tell::Funded { id, .. } | Tell::Settling { id, .. } => {
-                if let Some(call) = self.state.lock().calls.remove(&id) {
+                if let Some(call) = self.called(id) {
                     let _ = call.send(Ok(tell));
                 }
                 Ok(())
@@ -353,6 +354,10 @@ impl Shared {
             Tell::Refused(refusal) => Err(refusal),
             Tell::Welcome { .. } | Tell::Resumed { .. } | Tell::Unknown => Ok(()),
         }
+    }
+
+    fn called(&self, id: u64) -> Option<oneshot::Sender<Result<Tell>>> {
+        self.state.lock().calls.remove(&id)
     }
 
     /// What the node says about a funded session; where nothing can be done about it, the requests that it pays for end.

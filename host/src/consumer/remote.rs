@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 
 use super::link::Link;
 use super::till::Till;
+use crate::market::buyer::Request;
 use crate::market::coins;
 use crate::network::capability::Offer;
 use crate::scheduler::estimated_tokens;
@@ -58,16 +59,16 @@ impl Inference for Remote {
 
     async fn generate(&self, cx: &Cx, request: Generation) -> Result<Stream<Chunk>> {
         let offer = self.known(&request.model)?;
+        let most = u64::from(request.max_tokens.unwrap_or(offer.context).min(offer.context));
         let ticket = match &self.till {
             _ if is_free(&offer) => None,
-            Some(till) => till.ready(&offer, estimated_tokens(&request.input)).await?,
+            Some(till) => till.ready(&offer, Request { prompt_tokens: estimated_tokens(&request.input), most }).await?,
             None => return Err(costs(&offer)),
         };
-        let most = request.max_tokens.unwrap_or(offer.context).min(offer.context);
         let model = offer.name;
         // What keeps local clients apart is no business of the node's, which keeps its peers apart itself.
         let request = Generation { model, cache_salt: String::new(), priority: 0, ..request };
-        self.link.ask(request, cx.remaining().unwrap_or(LONGEST), ticket, most.into())
+        self.link.ask(request, cx.remaining().unwrap_or(LONGEST), ticket, most)
     }
 }
 

@@ -19,7 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::link::Link;
 use crate::market::Prices;
-use crate::market::buyer::{Buyer, Funding, Offered, Payment, Purchase, Step, Taken, Ticket};
+use crate::market::buyer::{Buyer, Funding, Offered, Payment, Purchase, Request, Step, Taken, Ticket};
 use crate::network::capability::Offer;
 use crate::network::session::wire::{Ask, Tell};
 
@@ -67,50 +67,61 @@ impl Till {
         Arc::new(Self { buyer, link, node, own, slot, payers, closed })
     }
 
-    /// A session that pays for a prompt of so many tokens and what follows it. `None` where the node charges nothing after all.
+    /// A session that pays for a request. `None` where the node charges nothing after all.
     ///
     /// # Errors
     /// `Denied` where the budget does not allow it; `Unavailable` where this node does not.
-    pub async fn ready(self: &Arc<Self>, offer: &Offer, prompt_tokens: u64) -> Result<Option<Ticket>> {
+    pub async fn ready(self: &Arc<Self>, offer: &Offer, request: Request) -> Result<Option<Ticket>> {
         for _ in 0..ROUNDS {
             if self.closed.load(Ordering::Acquire) {
                 break;
             }
-            let opening = match self.enter(offer, prompt_tokens) {
+            let opening = match self.enter(offer, request) {
                 Ok(ticket) => {
                     ticket.purchase().taken().await?;
                     return Ok(Some(ticket));
                 }
                 Err(opening) => opening,
             };
-            match opening.await? {
-                None => return Ok(None),
-                Some(purchase) => {
-                    if let Some(ticket) = purchase.enter(prompt_tokens) {
+            match opening.await {
+                Ok(None) => return Ok(None),
+                Ok(Some(purchase)) => {
+                    if let Some(ticket) = purchase.enter(request, true) {
                         return Ok(Some(ticket));
                     }
                 }
+                // Where there is no money for another session, what is left in this one is better than nothing.
+                Err(error) => match self.last_resort(request) {
+                    Some(ticket) => return Ok(Some(ticket)),
+                    None => return Err(error),
+                },
             }
         }
         Err(PluginError::unavailable("no session with this node can pay for this request"))
     }
 
     /// Uses the session that there is, or says which one is waited for.
-    fn enter(self: &Arc<Self>, offer: &Offer, prompt_tokens: u64) -> Result<Ticket, Opening> {
+    fn enter(self: &Arc<Self>, offer: &Offer, request: Request) -> Result<Ticket, Opening> {
         let mut slot = self.slot.lock();
-        match &*slot {
+        let before = match &*slot {
             Slot::Opening(opening) => return Err(opening.clone()),
-            Slot::Open(purchase) => match purchase.enter(prompt_tokens) {
+            Slot::Open(purchase) => match purchase.enter(request, false) {
                 Some(ticket) => return Ok(ticket),
-                None => purchase.retire(),
+                None => Some(purchase.clone()),
             },
-            Slot::Empty => {}
-        }
+            Slot::Empty => None,
+        };
         let (till, offer) = (self.clone(), offer.clone());
         let task = AbortOnDropHandle::new(tokio::spawn(async move {
-            let opened = till.open(&offer, prompt_tokens).await;
-            *till.slot.lock() = match &opened {
-                Ok(Some(purchase)) => Slot::Open(purchase.clone()),
+            let opened = till.open(&offer, request.prompt_tokens).await;
+            *till.slot.lock() = match (&opened, before) {
+                (Ok(Some(purchase)), before) => {
+                    if let Some(before) = before {
+                        before.retire();
+                    }
+                    Slot::Open(purchase.clone())
+                }
+                (Err(_), Some(before)) => Slot::Open(before),
                 _ => Slot::Empty,
             };
             opened
@@ -119,6 +130,13 @@ impl Till {
         let opening = task.map(move |opened| opened.unwrap_or_else(ended)).boxed().shared();
         *slot = Slot::Opening(opening.clone());
         Err(opening)
+    }
+
+    fn last_resort(&self, request: Request) -> Option<Ticket> {
+        match &*self.slot.lock() {
+            Slot::Open(purchase) => purchase.enter(request, true),
+            _ => None,
+        }
     }
 
     async fn open(&self, offer: &Offer, prompt_tokens: u64) -> Result<Option<Arc<Purchase>>> {

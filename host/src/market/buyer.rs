@@ -37,7 +37,7 @@ mod tally;
 
 pub use budget::BudgetError;
 pub use offered::Offered;
-pub use purchase::{Funding, Payment, Purchase, Step, Taken, Ticket};
+pub use purchase::{Funding, Payment, Purchase, Request, Step, Taken, Ticket};
 pub use sweep::Sweep;
 
 use budget::Budget;
@@ -117,6 +117,7 @@ impl Buyer {
 
     /// Ends the chain plugin.
     pub async fn end(&self) {
+        self.desk.leave();
         let plugin = self.plugin.lock().take();
         if let Some(plugin) = plugin {
             plugin.end().await;

@@ -82,7 +82,7 @@ pub struct Desk {
     pub account: String,
     signer: Arc<Signer>,
     /// Ends with the desk: then nothing more is signed.
-    _signing: AbortOnDropHandle<()>,
+    signing: AbortOnDropHandle<()>,
 }
 
 impl Desk {
@@ -95,7 +95,12 @@ impl Desk {
         let questions = chain.begin(&Cx::new(), address.clone()).await?;
         let signer = Arc::new(Signer::new(account, policy));
         let signing = tokio::spawn(sign(chain.clone(), signer.clone(), questions));
-        Ok(Self { chain, network, account: address, signer, _signing: AbortOnDropHandle::new(signing) })
+        Ok(Self { chain, network, account: address, signer, signing: AbortOnDropHandle::new(signing) })
+    }
+
+    /// Acts no more: what was ordered goes on when somebody acts for the account again.
+    pub fn leave(&self) {
+        self.signing.abort();
     }
 
     /// Signs an offer or a voucher, of which these are the bytes.

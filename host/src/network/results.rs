@@ -33,13 +33,13 @@ pub(super) async fn give(seller: Arc<Seller>, transport: Arc<dyn Transport>, arr
     let mut incoming = transport.accept(&Cx::new().with_timeout(WHOLE), arrival.id, stream).await?;
     let question = tokio::time::timeout(QUESTION, incoming.next()).await.ok().flatten().transpose()?;
     let Some(id) = question.and_then(|question| id_of(&question)) else { return Ok(()) };
-    if !seller.journal.is_result(&id).await? {
-        return Ok(());
+    if seller.journal.is_result(&id).await? {
+        // Dropped at the limit, or with an error: the asker hears of it, and asks again.
+        tokio::time::timeout(WHOLE, send(seller.routes.clone(), id, &outgoing))
+            .await
+            .map_err(|_| PluginError::new(Code::DeadlineExceeded, "the peer did not take the result in time"))??;
     }
-    // Dropped at the limit, or with an error: the asker hears of it, and asks again.
-    tokio::time::timeout(WHOLE, send(seller.routes.clone(), id, &outgoing))
-        .await
-        .map_err(|_| PluginError::new(Code::DeadlineExceeded, "the peer did not take the result in time"))??;
+    // An end without a byte is an answer too: there is no such result.
     drop(outgoing);
     until_read(incoming).await;
     Ok(())

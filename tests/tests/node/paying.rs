@@ -264,17 +264,19 @@ async fn a_paid_chat_answers_and_tells_what_it_has_paid() {
     let provider = market::node(&chain, NODE, NODE_MARKET, &echo(0)).await;
     let place = client_place(&chain);
     let network = ["--network", "--model", "echo", "--bootstrap", &provider.address];
-    let asked = place.ran(&[&["chat", "one two three", "--max-spend", "0.1eth"], &network[..]].concat());
-    assert_eq!(asked.out.trim(), "one two three");
-    assert!(asked.err.contains("paid 0.000015 ETH of a deposit of 0.025 ETH"), "{}", asked.err);
-    let asked = place.ran(&[&["chat", "one two", "--max-spend", "0.1eth", "--json"], &network[..]].concat()).json();
-    assert_eq!((asked["answer"].as_str(), asked["purchases"].as_array().map(Vec::len)), (Some("one two"), Some(1)), "{asked:#}");
+    let prompt = words(200);
+    let asked = place.ran(&[&["chat", &prompt, "--max-spend", "0.1eth"], &network[..]].concat());
+    assert_eq!(asked.out.trim(), prompt);
+    assert!(asked.err.contains("paid 0.001 ETH of a deposit of 0.025 ETH"), "{}", asked.err);
+    let asked = place.ran(&[&["chat", &prompt, "--max-spend", "0.1eth", "--json"], &network[..]].concat()).json();
+    assert_eq!(asked["answer"].as_str(), Some(prompt.as_str()), "{asked:#}");
+    assert_eq!(asked["purchases"].as_array().map(Vec::len), Some(1), "{asked:#}");
     // What a client bounds itself, it does not pay for.
     let mut client = paying(place, "0.1eth", &[&provider.address]).await;
-    let body = with(chat("echo", &words(100)), json!({ "max_tokens": 7 }));
-    assert_eq!(client.chat(&body).await.content(), words(7) + " ");
+    let body = with(chat("echo", &words(300)), json!({ "max_tokens": 50 }));
+    assert_eq!(client.chat(&body).await.content().trim_end(), words(50));
     let receipts = receipts(&mut client).await;
-    assert_eq!(wei(&receipts[0]["to_host"]), 100 * READ + 7 * GENERATED, "{receipts:#?}");
+    assert_eq!(wei(&receipts[0]["to_host"]), 300 * READ + 50 * GENERATED, "{receipts:#?}");
 }
 
 #[test]

@@ -25,12 +25,14 @@ const IDLE: Duration = Duration::from_secs(300);
 const SOON_OVER: Duration = Duration::from_secs(120);
 /// The part of the credit that is paid at a time: often enough that the node never waits, and no more often.
 const STEPS: u128 = 4;
+/// The part of a deposit that is to be left for an answer which may be as long.
+const PART: u128 = 4;
 /// How long the plugin may take to say what is to be signed.
 const CALL: Duration = Duration::from_secs(10);
 /// Answers that a repeated voucher names, in case that those before it were lost.
 const MOST_NAMED: usize = 1024;
-/// Reminders without a piece between them, after which the two counts are known to differ for good.
-const MOST_REMINDERS: u32 = 5;
+/// How long a node may wait for more than has arrived, without a piece meanwhile, until the two counts are known to differ for good.
+const AT_ODDS: Duration = Duration::from_secs(5);
 
 /// A session in which this account pays.
 ///
@@ -69,7 +71,8 @@ struct State {
     cut: bool,
     users: usize,
     quiet: Instant,
-    reminders: u32,
+    /// Since when the node has waited for more than is due.
+    at_odds: Option<Instant>,
     /// What was promised when the node last complained.
     complaint: Option<Amount>,
 }
@@ -96,6 +99,14 @@ pub enum Step {
     Settle,
     /// Nothing before that time, unless something changes.
     Wait(Instant),
+}
+
+/// What a request may come to.
+#[derive(Debug, Clone, Copy)]
+pub struct Request {
+    pub prompt_tokens: u64,
+    /// Tokens of its answer.
+    pub most: u64,
 }
 
 /// Somebody's use of a purchase, from before a request goes out until its answer is whole.
@@ -130,7 +141,7 @@ impl Purchase {
             cut: false,
             users: 0,
             quiet: Instant::now(),
-            reminders: 0,
+            at_odds: None,
             complaint: None,
         };
         let (state, changed) = (Mutex::new(state), Notify::new());
@@ -147,9 +158,14 @@ impl Purchase {
         Prices { input_per_mtok: terms.price_input_per_mtok.0, output_per_mtok: terms.price_output_per_mtok.0 }.of(tokens, 0)
     }
 
-    /// Uses it for a request with a prompt of so many tokens. `None` where its deposit or its time is too near their end.
-    pub fn enter(self: &Arc<Self>, prompt_tokens: u64) -> Option<Ticket> {
-        let needed = self.prompt(prompt_tokens).0.saturating_add(self.credit.0);
+    /// Uses it for a request with a prompt of so many tokens and an answer of at most so many. `None` where its deposit or its time is too
+    /// near their end; with `anyhow`, a deposit that may end in the middle of the answer is good enough.
+    pub fn enter(self: &Arc<Self>, request: Request, anyhow: bool) -> Option<Ticket> {
+        let Request { prompt_tokens, most } = request;
+        let terms = &self.bought.terms;
+        let answer = Prices { input_per_mtok: 0, output_per_mtok: terms.price_output_per_mtok.0 }.of(0, most);
+        let answer = if anyhow { Amount(0) } else { answer.min(Amount(self.bought.deposit.0 / PART)) };
+        let needed = self.prompt(prompt_tokens).0.saturating_add(self.credit.max(answer).0);
         let mut state = self.state.lock();
         let in_time = now_ms() / 1000 + SOON_OVER.as_secs() < self.bought.terms.expires_s;
         if state.retired || !in_time || state.tally.room().0 < needed {
@@ -241,11 +257,8 @@ impl Purchase {
             // One who leaves needs nothing taken up that it owes nothing for.
             return if state.cut && state.tally.due() <= state.tally.last().amount { Step::Settle } else { Step::Fund };
         }
-        let least = match state.all || idle || state.retired && state.users == 0 || state.cut {
-            true => Amount(1),
-            false => Amount((self.credit.0 / STEPS).max(1)),
-        };
-        if state.tally.next(least).is_some() {
+        let (least, lag) = self.tact(&state);
+        if state.tally.next(least, lag).is_some() {
             return Step::Pay;
         }
         if state.to_repeat && state.sent.is_some() {
@@ -255,6 +268,15 @@ impl Purchase {
             return Step::Settle;
         }
         Step::Wait(if state.users == 0 { state.quiet + IDLE } else { Instant::now() + IDLE })
+    }
+
+    /// How much is promised at a time, and how far what is not certain may be behind.
+    fn tact(&self, state: &State) -> (Amount, Amount) {
+        let leaves = state.retired && state.users == 0 || state.cut;
+        match state.all || leaves {
+            true => (Amount(1), Amount(0)),
+            false => (Amount((self.credit.0 / STEPS).max(1)), Amount(self.credit.0 / STEPS)),
+        }
     }
 
     /// A request goes out: `message` are its bytes.
@@ -281,7 +303,7 @@ impl Purchase {
     fn count(&self, count: impl FnOnce(&mut Tally) -> Result<()>) -> Result<()> {
         let mut state = self.state.lock();
         let counted = count(&mut state.tally);
-        state.reminders = 0;
+        state.at_odds = None;
         // A node that counts what cannot be is not asked again.
         state.retired |= counted.is_err();
         drop(state);
@@ -313,18 +335,17 @@ impl Purchase {
             return Err(used_up(deposit, coin));
         }
         (state.all, state.to_repeat) = (true, true);
-        if due < amount && due <= state.tally.last().amount {
-            state.reminders += 1;
-        }
-        let reminders = state.reminders;
-        state.retired |= reminders >= MOST_REMINDERS;
+        let at_odds = due < amount && due <= state.tally.last().amount;
+        let since = at_odds.then(|| *state.at_odds.get_or_insert_with(Instant::now));
+        let for_good = since.is_some_and(|since| since.elapsed() >= AT_ODDS);
+        state.retired |= for_good;
         drop(state);
         self.changed.notify_one();
         // Reminders overtake pieces: up to the credit the node may be ahead.
         if amount.0.saturating_sub(due.0) > self.credit.0 {
             tracing::warn!(session = %self.session(), theirs = %amount, ours = %due, "A node counts more than has arrived: it is paid what has.");
         }
-        match reminders >= MOST_REMINDERS {
+        match for_good {
             true => Err(PluginError::unavailable(format!(
                 "the node waits for {amount} wei in all, and only {due} wei are due for what has arrived"
             ))),
@@ -382,7 +403,11 @@ impl Purchase {
 
     /// Signs what is due, and keeps it. `None` where nothing is.
     pub async fn pay(&self) -> Result<Option<Payment>> {
-        let proposal = self.state.lock().tally.next(Amount(1));
+        let proposal = {
+            let state = self.state.lock();
+            let (_, lag) = self.tact(&state);
+            state.tally.next(Amount(1), lag)
+        };
         let Some(proposal) = proposal else { return Ok(None) };
         let signature = self.sign(&proposal).await?;
         let mut state = self.state.lock();

@@ -13,8 +13,8 @@ use crate::network::now_ms;
 /// How long one transaction is waited for; the next sweep goes on with it.
 const WITHIN: Duration = Duration::from_secs(60);
 /// How long a node that has said that it settles is waited for, and how often the chain is asked meanwhile.
-const SETTLING: Duration = Duration::from_secs(30);
-const LOOK: Duration = Duration::from_millis(250);
+const SETTLING: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(500);
 /// How long a node of an earlier run that has said so is left alone.
 const LEFT_ALONE: Duration = Duration::from_secs(600);
 
@@ -100,7 +100,11 @@ impl Buyer {
                 Fate::Over { to_host, to_client } => return Ok(self.over(id, to_host, to_client).await),
                 Fate::Finalize => self.finalize(id).await?,
                 Fate::Closing => return Ok(self.note(id, PurchaseState::Closing, None).await),
-                Fate::Active if promised && sweep == Sweep::End && Instant::now() < until => tokio::time::sleep(LOOK).await,
+                Fate::Active
+                    if promised && sweep == Sweep::End && Instant::now() < until && self.is_worth_it(&bought).await? =>
+                {
+                    tokio::time::sleep(LOOK).await;
+                }
                 Fate::Active if !self.is_to_be_closed(&bought, sweep) => return Ok(()),
                 Fate::Active => return self.close(id, session.settle_window_s).await,
             }
@@ -133,6 +137,13 @@ impl Buyer {
         }
         self.note(id, PurchaseState::Open, None).await;
         Ok(true)
+    }
+
+    /// Whether a node gains something by settling: it pays at least the fee that closing costs this account.
+    async fn is_worth_it(&self, bought: &Bought) -> Result<bool, DeskError> {
+        let quote = self.desk.chain.quote(&cx(), Act::CloseSession { session: bought.session.clone() }).await?;
+        // What cannot be closed any more is settled in this moment.
+        Ok(quote.refusal.is_some() || bought.voucher.amount > quote.fee)
     }
 
     fn is_to_be_closed(&self, bought: &Bought, sweep: Sweep) -> bool {

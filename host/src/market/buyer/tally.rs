@@ -19,6 +19,8 @@ const MOST_LEFT: usize = 64;
 pub(super) struct Tally {
     prices: Prices,
     deposit: Amount,
+    /// What was promised before beyond the tokens that were named with it.
+    before: Amount,
     /// What requests have used that came to their end.
     input: u64,
     output: u64,
@@ -58,9 +60,12 @@ pub(super) struct Proposal {
 impl Tally {
     /// Goes on after a voucher: what arrived after it and was not promised is not known any more.
     pub fn new(terms: &Terms, deposit: Amount, last: Voucher) -> Self {
+        let prices = Prices { input_per_mtok: terms.price_input_per_mtok.0, output_per_mtok: terms.price_output_per_mtok.0 };
+        let named = prices.of(last.input_tokens, last.output_tokens);
         Self {
-            prices: Prices { input_per_mtok: terms.price_input_per_mtok.0, output_per_mtok: terms.price_output_per_mtok.0 },
+            prices,
             deposit,
+            before: Amount(last.amount.0.saturating_sub(named.0)),
             input: last.input_tokens,
             output: last.output_tokens,
             requests: BTreeMap::new(),
@@ -154,21 +159,30 @@ impl Tally {
     /// What all that has arrived costs.
     pub fn due(&self) -> Amount {
         let (input, output) = self.tokens();
-        self.prices.of(input, output)
+        self.cost(input, output)
+    }
+
+    fn cost(&self, input: u64, output: u64) -> Amount {
+        Amount(self.prices.of(input, output).0.saturating_add(self.before.0))
     }
 
     /// What is left of the deposit once the prompts of all requests are paid.
     pub fn room(&self) -> Amount {
         let (input, output) = self.tokens();
         let waiting: u64 = self.requests.values().filter(|request| !request.begun).map(|request| request.estimate).sum();
-        Amount(self.deposit.0.saturating_sub(self.prices.of(input + waiting, output).max(self.last.amount).0))
+        Amount(self.deposit.0.saturating_sub(self.cost(input + waiting, output).max(self.last.amount).0))
     }
 
     /// The next voucher, where at least `step` would be promised with it, or an answer has come to its end. Never less than the last one
     /// promised, nor more than has arrived or is there.
-    pub fn next(&self, step: Amount) -> Option<Proposal> {
-        let (input, output) = self.tokens();
-        let amount = self.prices.of(input, output).min(self.deposit).max(self.last.amount);
+    ///
+    /// What is not certain yet, the prompts of answers that have not ended, is promised but for `lag`: a prompt that turns out to have fewer
+    /// tokens than it was taken for is then not paid too dearly.
+    pub fn next(&self, step: Amount, lag: Amount) -> Option<Proposal> {
+        let (_, output) = self.tokens();
+        let certain = self.cost(self.input, output);
+        let due = Amount(self.due().0.saturating_sub(lag.0)).max(certain);
+        let amount = due.min(self.deposit).max(self.last.amount);
         let enough = amount.0 - self.last.amount.0 >= step.0.max(1);
         if !enough && self.answers.is_empty() {
             return None;
@@ -176,7 +190,7 @@ impl Tally {
         let hashes: Vec<[u8; 32]> = self.answers.iter().map(|(_, hash)| *hash).collect();
         let voucher = Voucher {
             amount,
-            input_tokens: input.max(self.last.input_tokens),
+            input_tokens: self.input.max(self.last.input_tokens),
             output_tokens: output.max(self.last.output_tokens),
             transcript: transcript::after(&self.last.transcript, &hashes),
             ..self.last.clone()
@@ -230,10 +244,35 @@ mod tests {
         assert_eq!(tally.due(), Amount(10 + 8));
         tally.done(1, b"end", &usage(7, 2)).expect("counts");
         assert_eq!(tally.due(), Amount(7 + 8));
-        let proposal = tally.next(Amount(1000)).expect("an answer has ended");
+        let proposal = tally.next(Amount(1000), Amount(0)).expect("an answer has ended");
         assert_eq!((proposal.voucher.amount, proposal.answers.as_slice()), (Amount(15), &[1][..]));
         tally.promised(&proposal);
-        assert_eq!(tally.next(Amount(1)), None);
+        assert_eq!(tally.next(Amount(1), Amount(0)), None);
+    }
+
+    #[test]
+    fn a_prompt_that_was_taken_for_longer_than_it_is_costs_what_it_is() {
+        let mut tally = tally(1000);
+        tally.asked(1, b"the prompt", 30, 100);
+        tally.text(1, b"a", 1).expect("counts");
+        let proposal = tally.next(Amount(1), Amount(25)).expect("some of it is certain");
+        assert_eq!((proposal.voucher.amount, proposal.voucher.input_tokens), (Amount(9), 0));
+        tally.promised(&proposal);
+        tally.done(1, b"end", &usage(7, 1)).expect("counts");
+        let voucher = tally.next(Amount(1), Amount(25)).expect("has ended").voucher;
+        assert_eq!((voucher.amount, voucher.input_tokens, voucher.output_tokens), (Amount(7 + 4), 7, 1));
+    }
+
+    #[test]
+    fn what_was_promised_before_stays_due() {
+        let mut bought = bought("5", 1000);
+        // 90 wei for 20 tokens: the prompt of an answer that never ended was paid too.
+        bought.voucher = Voucher { amount: Amount(90), input_tokens: 0, output_tokens: 20, ..bought.voucher };
+        let mut tally = Tally::new(&bought.terms, bought.deposit, bought.voucher);
+        assert_eq!((tally.due(), tally.next(Amount(1), Amount(0))), (Amount(90), None));
+        tally.asked(1, b"m", 1, 100);
+        tally.text(1, b"a", 1).expect("counts");
+        assert_eq!(tally.next(Amount(1), Amount(0)).expect("is owed").voucher.amount, Amount(95));
     }
 
     #[test]
@@ -245,7 +284,7 @@ mod tests {
         assert_eq!(tally.due(), Amount(3 + 20));
         assert_eq!(tally.done(1, b"end", &usage(10 + 512 + 1, 5)).expect_err("a prompt of more").code, Code::Protocol);
         assert_eq!(tally.due(), Amount(3 + 20));
-        assert!(tally.next(Amount(1)).expect("what arrived is owed").answers.is_empty());
+        assert!(tally.next(Amount(1), Amount(0)).expect("what arrived is owed").answers.is_empty());
 
         // More generated than has arrived is not owed.
         tally.asked(2, b"0123456789", 3, 50);
@@ -273,11 +312,11 @@ mod tests {
         let mut tally = tally(20);
         tally.asked(1, b"m", 1, 100);
         tally.text(1, b"a", 10).expect("counts");
-        let proposal = tally.next(Amount(1)).expect("is owed");
+        let proposal = tally.next(Amount(1), Amount(0)).expect("is owed");
         assert_eq!((tally.due(), proposal.voucher.amount, tally.room()), (Amount(41), Amount(20), Amount(0)));
         tally.promised(&proposal);
         tally.text(1, b"b", 10).expect("counts");
-        assert_eq!(tally.next(Amount(1)), None);
+        assert_eq!(tally.next(Amount(1), Amount(0)), None);
     }
 
     #[test]
@@ -323,7 +362,8 @@ mod tests {
                     _ => {}
                 }
                 most = most.max(tally.due());
-                let Some(proposal) = tally.next(Amount(1 + u128::from(random(50)))) else { continue };
+                let (step, lag) = (Amount(1 + u128::from(random(50))), Amount(random(30).into()));
+                let Some(proposal) = tally.next(step, lag) else { continue };
                 // One that could not be kept changes nothing.
                 if random(4) == 0 {
                     continue;
