@@ -126,7 +126,7 @@ async fn without_money_only_free_nodes_are_asked_and_where_there_are_none_the_pr
 async fn requests_at_the_same_time_share_one_session() {
     let chain = DevChain::start().expect("a chain");
     let provider = market::node(&chain, NODE, NODE_MARKET, &echo(2)).await;
-    let mut client = paying(client_place(&chain), "0.1eth", &[&provider.address]).await;
+    let mut client = paying(client_place(&chain), "0.2eth", &[&provider.address]).await;
     let ask = async |count: usize| {
         let told = client.stream(chat("echo", &words(count))).await.rest().await;
         assert!(told.is_whole() && told.text == words(count), "{told:?}");
@@ -176,7 +176,9 @@ async fn a_session_that_is_used_up_is_followed_by_another_within_the_budget() {
     let receipts = receipts(&mut client).await;
     assert_eq!(receipts.len(), 3, "{receipts:#?}");
     let spent: u128 = receipts.iter().map(|receipt| wei(&receipt["to_host"])).sum();
-    assert_eq!(spent, 6 * 200 * (READ + GENERATED));
+    // A prompt that turns out to have fewer tokens than it was taken for has been paid by then: its session's next one would be cheaper.
+    let (exact, taken_for) = (6 * 200 * (READ + GENERATED), (200 * 5_u128).div_ceil(4) + 4);
+    assert!((exact..=exact + 3 * (taken_for - 200) * READ).contains(&spent), "{spent} {receipts:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -239,11 +241,16 @@ async fn a_killed_client_gets_back_what_it_has_not_used() {
     let place = std::mem::replace(&mut client.place, Place::new(""));
     let mut again = paying(place, "0.1eth", &[&provider.address]).await;
     assert_eq!(again.ask("echo", &words(100)).await, words(100));
+    // The last voucher is signed after the last piece has been passed on.
+    eventually("the answer is paid", LIMIT, async || {
+        let bought = again.place.ran(&["purchases", "--json"]).json();
+        (wei(&bought["purchases"][0]["voucher"]["amount"]) >= promised + 99 * (READ + GENERATED)).then_some(())
+    })
+    .await;
     again.signal(libc::SIGKILL);
     again.exit(LIMIT).await;
     let bought = again.place.ran(&["purchases", "--json"]).json()["purchases"].as_array().expect("a list").clone();
     assert_eq!(bought.len(), 1, "{bought:#?}");
-    assert!(wei(&bought[0]["voucher"]["amount"]) >= promised + 99 * (READ + GENERATED), "{bought:#?}");
 
     // Closed from here, and the node hands in what it was promised.
     let closed = again.place.ran(&["market", "reclaim", "--json"]).json();
