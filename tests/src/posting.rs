@@ -257,6 +257,17 @@ impl Clients {
         self.mined(sent.last().expect("a job is cancelled")).await;
     }
 
+    /// Cancels a job by a transaction in the pool that pays more for its place than others do.
+    pub async fn cancel_dearly(&self, from: Account, job: u64) {
+        let data = call("cancelJob(uint256)", &[&format!("{job:x}")]);
+        let (most, tip) = ("0x174876e800", "0x12a05f2000");
+        let call = json!({
+            "from": from.address, "to": self.escrow, "data": data, "gas": "0x1c9c38",
+            "maxFeePerGas": most, "maxPriorityFeePerGas": tip,
+        });
+        self.rpc("eth_sendTransaction", json!([call])).await;
+    }
+
     /// Accepts a result; returns the fee.
     pub async fn accept(&self, from: Account, job: u64) -> u128 {
         self.send(from, call("acceptResult(uint256)", &[&format!("{job:x}")]), 0).await

@@ -330,8 +330,8 @@ impl Shared {
     fn take(&self, tell: Tell, message: &[u8]) -> Result<()> {
         match tell {
             Tell::Chunk { id, seq, chunk: Chunk::Text(mut text) } => {
-                // A number of the node's own choice: a piece has no more tokens than bytes.
-                text.tokens = text.tokens.min(text.text.len().max(text.logprobs.len()).max(1) as u32);
+                // A number of the node's own choice.
+                text.tokens = wire::tokens_of(&text);
                 self.take_piece(id, seq, Ok(Chunk::Text(text)), message)
             }
             Tell::Chunk { id, seq, chunk } => self.take_piece(id, seq, Ok(chunk), message),

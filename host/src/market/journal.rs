@@ -141,17 +141,28 @@ fn prepare(connection: &mut Connection, file: &Path) -> Result<(), JournalError>
     connection.pragma_update(None, "journal_mode", "wal").map_err(failed)?;
     connection.pragma_update(None, "synchronous", "full").map_err(failed)?;
     connection.pragma_update(None, "foreign_keys", true).map_err(failed)?;
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
-    let found: u32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
-    let found = found as usize;
-    if found > LAYOUT.len() {
-        return Err(JournalError::Newer { file: file.to_owned(), found, known: LAYOUT.len() });
+    // One that is laid out already is not written to: that would need room on its disk.
+    if layout(connection, file)? == LAYOUT.len() {
+        return Ok(());
     }
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+    // Another process may have done it meanwhile.
+    let found = layout(&transaction, file)?;
     for step in &LAYOUT[found..] {
         transaction.execute_batch(step).map_err(failed)?;
     }
     transaction.pragma_update(None, "user_version", LAYOUT.len() as u32).map_err(failed)?;
     transaction.commit().map_err(failed)
+}
+
+/// How far the tables of a file are laid out.
+fn layout(connection: &Connection, file: &Path) -> Result<usize, JournalError> {
+    let failed = |error: rusqlite::Error| JournalError::Open { file: file.to_owned(), reason: error.to_string() };
+    let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
+    match found as usize {
+        found if found > LAYOUT.len() => Err(JournalError::Newer { file: file.to_owned(), found, known: LAYOUT.len() }),
+        found => Ok(found),
+    }
 }
 
 /// Commits what comes, as much at a time as has come, until nobody can send any more.

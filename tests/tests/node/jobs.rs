@@ -408,3 +408,69 @@ async fn a_node_that_is_stopped_ends_the_job_in_work_and_takes_no_new_one() {
     let log = provider.node.log();
     assert!(!log.contains("cut off"), "{log}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_cancelled_under_its_claim_costs_no_work() {
+    let chain = DevChain::start().expect("a chain");
+    let clients = Clients::of(&chain);
+    let provider = node(&chain, NODE, FEES, &entries()).await;
+    let place = &provider.node.place;
+    provider.node.serves("faulty").await;
+    let admitted = provider.node.metric("fabstir_requests_admitted_total", &[]).await;
+
+    clients.rpc("evm_setAutomine", json!([false])).await;
+    let sent = clients.post_unmined(CLIENT, &job("never worked on")).await;
+    clients.rpc("evm_mine", json!([])).await;
+    let id = clients.posted(&sent).await;
+    is_noted(place, id, "claiming").await;
+    // Both are in the pool now, and the client pays more to be first.
+    clients.cancel_dearly(CLIENT, id).await;
+    eventually("the claim is in the pool too", LIMIT, async || {
+        let status = clients.rpc("txpool_status", json!([])).await;
+        (status["pending"] == "0x2").then_some(())
+    })
+    .await;
+    clients.rpc("evm_mine", json!([])).await;
+    clients.rpc("evm_setAutomine", json!([true])).await;
+    assert_eq!(is_in(&clients, id, REFUNDED).await.attempts, 0);
+    let row = eventually("the node has given it up", LIMIT, async || {
+        let row = noted(place, id);
+        (row["state"] == "missed" || row["state"] == "failed").then_some(row)
+    })
+    .await;
+    assert!(row["result"].is_null(), "{row:#}");
+    assert_eq!(provider.node.metric("fabstir_requests_admitted_total", &[]).await, admitted, "no model was asked");
+    // It goes on with others.
+    let next = clients.post(CLIENT, &job("the next one")).await;
+    is_in(&clients, next, DELIVERED).await;
+}
+
+/// Twenty times the node is killed at a moment that nobody chose, somewhere between seeing a job and having handed its result in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed_at_any_moment_works_each_job_to_its_end_once() {
+    const RUNS: u64 = 20;
+    let chain = DevChain::start().expect("a chain");
+    let clients = Clients::of(&chain);
+    let mut node = node(&chain, NODE, FEES, &entries()).await.node;
+    node.serves("faulty").await;
+    let before = clients.credit(PAYOUT.address).await;
+    let mut found = std::collections::BTreeMap::<String, u32>::new();
+    let mut price = 0;
+    for run in 0..RUNS {
+        let asked = job("!wait:40 once");
+        let id = clients.post(CLIENT, &asked).await;
+        tokio::time::sleep(std::time::Duration::from_millis(run * 11)).await;
+        node.signal(libc::SIGKILL);
+        node.exit(LIMIT).await;
+        let state = noted(&node.place, id)["state"].as_str().unwrap_or("unknown").to_owned();
+        *found.entry(state).or_default() += 1;
+        node = node.relaunch(&[]);
+        let held = is_in(&clients, id, DELIVERED).await;
+        assert_eq!((clients.told(CLAIM_EVENT, id).await, clients.told(RESULT_EVENT, id).await), (1, 1), "run {run}");
+        price += (held.in_tokens * asked.price_in + held.out_tokens * asked.price_out).div_ceil(1_000_000);
+        clients.accept(CLIENT, id).await;
+        is_noted(&node.place, id, "settled").await;
+    }
+    println!("{RUNS} kills found the journal at {found:?}");
+    assert_eq!(clients.credit(PAYOUT.address).await - before, price, "the ledger is the chain's, to the wei");
+}

@@ -345,3 +345,174 @@ async fn a_killed_node_loses_at_most_the_credit() {
         assert_eq!(on_chain.paid, kept(&provider.node, session).expect("is kept").voucher.amount);
     }
 }
+
+/// Ends a session as its client does, and waits until the contract has paid the last voucher.
+async fn settle_and_see(payer: &Payer, talk: &mut Talk, last: &Voucher) {
+    let id = talk.id();
+    talk.say(&Ask::Settle { id, paid_by: last.session.clone() }).await;
+    talk.about(id).await;
+    let session = eventually("the session is settled", 2 * LIMIT, async || {
+        let session = payer.desk.chain.session(&cx(), last.session.clone(), Sure::Latest).await.ok()?;
+        (session.state == SessionState::Settled).then_some(session)
+    })
+    .await;
+    assert_eq!(session.paid, last.amount);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stops_delivery_and_loses_no_voucher() {
+    let chain = DevChain::start().expect("a chain");
+    let place = market::node_place(&chain, NODE, "voucher_timeout_s = 2\ncredit_tokens = 64\n", ECHO);
+    // A disk with room for some vouchers: the journal alone is on it.
+    let disk = place.path().join("data/market");
+    std::fs::create_dir_all(&disk).expect("a folder can be made");
+    let mount = |arguments: &[&str]| {
+        let done = std::process::Command::new("mount").args(arguments).arg(&disk).status().expect("mount can be started");
+        assert!(done.success(), "a small disk can be mounted: this test needs root");
+    };
+    mount(&["-t", "tmpfs", "-o", "size=256k", "tmpfs"]);
+    let mounted = Mounted(disk.clone());
+    let node = Node::launch(place, &[]);
+    node.healthy().await;
+    node.logged(&["Acting in the market."]).await;
+    let provider = Provider::of(node).await;
+    let payer = Payer::start(&chain, CLIENT).await;
+    let mut talk = payer.talk(&provider.address).await;
+    let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
+
+    let (mut output_tokens, mut refused) = (0, None);
+    for _ in 0..500 {
+        output_tokens += 1;
+        let better = voucher(&first, &offered, 0, output_tokens);
+        refused = talk.pay(&better, payer.sign(&better).await).await;
+        if refused.is_some() {
+            break;
+        }
+    }
+    let refused = refused.expect("the disk is full at some time");
+    assert_eq!(refused.code, Code::Full, "{refused:?}");
+    assert!(refused.message.contains("disk is full"), "{refused}");
+    println!("the disk was full at voucher {output_tokens}");
+    let stored = kept(&provider.node, &first.session).expect("is kept").voucher;
+    assert_eq!(stored.output_tokens, output_tokens - 1, "what was taken is on disk, and nothing else");
+
+    // What the node cannot keep does not count: it delivers no more than its credit on top of what it has kept.
+    let (id, mut heard) = talk.ask("echo", &words(300), Some(&first.session)).await;
+    while talk.read(id, &mut heard, LIMIT).await {
+        let better = voucher(&first, &offered, prompt_tokens(300), output_tokens + heard.output_tokens);
+        let signature = payer.sign(&better).await;
+        talk.say(&Ask::Pay { voucher: Box::new(better), signature, answers: vec![] }).await;
+    }
+    assert!(heard.end.as_ref().is_some_and(Result::is_err), "{heard:?}");
+    assert!(heard.output_tokens <= 64, "{} tokens were given out for vouchers that are nowhere", heard.output_tokens);
+
+    // With room it goes on, in the same session.
+    mount(&["-o", "remount,size=16m"]);
+    let last = voucher(&first, &offered, prompt_tokens(300), output_tokens + heard.output_tokens);
+    assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
+    assert_eq!(kept(&provider.node, &first.session).expect("is kept").voucher, last);
+    settle_and_see(&payer, &mut talk, &last).await;
+    drop(provider);
+    drop(mounted);
+}
+
+/// A small disk, taken away at the end of its test.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Lazily: a node that was killed may hold a file of it for a moment.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_that_are_taken_back_change_nothing_about_what_is_paid() {
+    let chain = DevChain::start().expect("a chain");
+    let provider = market::node(&chain, NODE, "", ECHO).await;
+    let payer = Payer::start(&chain, CLIENT).await;
+    let before = paid(&payer, market::PAYOUT.address.into()).await;
+    chain.mine(80).await;
+    let mut owed = 0;
+    for depth in [1, 7, 64] {
+        let mut talk = payer.talk(&provider.address).await;
+        let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
+        let last = voucher(&first, &offered, 200, 100);
+        assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
+        chain.mine(depth - 1).await;
+        // The deposit is in the deepest of the blocks that go.
+        chain.ask("anvil_reorg", serde_json::json!([depth, []])).await.expect("blocks are taken back");
+        settle_and_see(&payer, &mut talk, &last).await;
+        owed += last.amount.0;
+        // And the settlement itself: it comes again.
+        chain.mine(depth - 1).await;
+        chain.ask("anvil_reorg", serde_json::json!([depth, []])).await.expect("blocks are taken back");
+        eventually("the settlement is there again", 2 * LIMIT, async || {
+            let session = payer.desk.chain.session(&cx(), first.session.clone(), Sure::Latest).await.ok()?;
+            (session.state == SessionState::Settled && session.paid == last.amount).then_some(())
+        })
+        .await;
+        println!("depth {depth}: both were taken back, and both came again");
+    }
+    assert_eq!(paid(&payer, market::PAYOUT.address.into()).await - before, owed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_settlement_that_the_pool_forgets_or_that_is_too_cheap_is_sent_again() {
+    let chain = DevChain::start().expect("a chain");
+    let provider = market::node(&chain, NODE, "", ECHO).await;
+    let payer = Payer::start(&chain, CLIENT).await;
+    let mut talk = payer.talk(&provider.address).await;
+    let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
+    let last = voucher(&first, &offered, 300, 900);
+    assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
+
+    let pending = async || {
+        let content = chain.ask("txpool_status", serde_json::json!([])).await.expect("the pool answers");
+        content["pending"].as_str() != Some("0x0")
+    };
+    chain.ask("evm_setAutomine", serde_json::json!([false])).await.expect("no block comes by itself");
+    let id = talk.id();
+    talk.say(&Ask::Settle { id, paid_by: first.session.clone() }).await;
+    talk.about(id).await;
+    eventually("the settlement is in the pool", LIMIT, async || pending().await.then_some(())).await;
+    chain.ask("anvil_dropAllTransactions", serde_json::json!([])).await.expect("the pool forgets");
+    eventually("it is in the pool again", 2 * LIMIT, async || pending().await.then_some(())).await;
+    // Now the chain becomes dearer than it was offered for.
+    let dear = serde_json::json!(["0x4a817c800"]);
+    chain.ask("anvil_setNextBlockBaseFeePerGas", dear).await.expect("the next block is dear");
+    chain.mine(1).await;
+    let nonce = |what: &str| chain.ask("eth_getTransactionCount", serde_json::json!([NODE.address, what]));
+    let before = nonce("latest").await.expect("a count");
+    chain.ask("evm_setAutomine", serde_json::json!([true])).await.expect("blocks come by themselves");
+    let session = eventually("the session is settled", 3 * LIMIT, async || {
+        chain.mine(1).await;
+        let session = payer.desk.chain.session(&cx(), first.session.clone(), Sure::Latest).await.ok()?;
+        (session.state == SessionState::Settled).then_some(session)
+    })
+    .await;
+    assert_eq!(session.paid, last.amount);
+    let after = nonce("latest").await.expect("a count");
+    println!("the node's count of transactions went from {before} to {after}");
+    assert_eq!(nonce("pending").await.expect("a count"), after, "nothing is left in the pool");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_starts_without_its_chain_and_is_paid_once_it_is_there() {
+    let mut chain = DevChain::start().expect("a chain");
+    let place = market::node_place(&chain, NODE, "", ECHO);
+    let payer = Payer::start(&chain, CLIENT).await;
+    chain.pause();
+    let node = Node::launch(place, &[]);
+    node.healthy().await;
+    let provider = Provider::of(node).await;
+    let mut talk = payer.talk(&provider.address).await;
+    let (id, mut heard) = talk.ask("echo", "free", None).await;
+    assert!(!talk.read(id, &mut heard, LIMIT).await);
+    assert!(heard.end.expect("ends").is_err(), "nothing is free because the chain is away");
+    chain.resume();
+    provider.node.logged(&["Acting in the market."]).await;
+    let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
+    let (output_tokens, _) = pay_as_it_comes(&payer, &mut talk, &offered, &first, 100, |_| false).await;
+    assert_eq!(output_tokens, 100);
+}

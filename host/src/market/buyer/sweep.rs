@@ -164,7 +164,7 @@ impl Buyer {
             Err(DeskError::Refused(_)) if self.settled(id).await => return Ok(()),
             Err(error) => return Err(error),
         }
-        self.desk.follow(format!("close-{id}"), act, WITHIN).await?;
+        self.desk.carry_out(&format!("close-{id}"), act, WITHIN).await?;
         tracing::info!(session = %id, window_s, "A session is closed: its node may hand vouchers in until the window is over.");
         self.note(id, PurchaseState::Closing, Some("closed by this account")).await;
         Ok(())
@@ -177,7 +177,7 @@ impl Buyer {
             Err(DeskError::Refused(_)) if self.settled(id).await => return Ok(()),
             Err(error) => return Err(error),
         }
-        self.desk.follow(format!("finalize-{id}"), act, WITHIN).await?;
+        self.desk.carry_out(&format!("finalize-{id}"), act, WITHIN).await?;
         Ok(())
     }
 

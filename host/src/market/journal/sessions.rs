@@ -75,14 +75,19 @@ pub fn fund(transaction: &Transaction<'_>, row: &SessionRow) -> Result<(), Journ
     Ok(())
 }
 
-/// Keeps a better voucher.
-pub fn pay(transaction: &Transaction<'_>, voucher: &Voucher, signature: &[u8]) -> Result<(), JournalError> {
+/// Keeps a better voucher. `false` where a better one was kept already: two may come at the same time.
+pub fn pay(transaction: &Transaction<'_>, voucher: &Voucher, signature: &[u8]) -> Result<bool, JournalError> {
+    if let Some(known) = get(transaction, &voucher.session)?
+        && known.voucher.amount > voucher.amount
+    {
+        return Ok(false);
+    }
     let changed = transaction.execute(
         "UPDATE sessions SET voucher = ?2, signature = ?3, changed_ms = ?4 WHERE id = ?1 AND state = 'open'",
         params![voucher.session, text(voucher)?, signature, now_ms() as i64],
     )?;
     match changed {
-        1 => Ok(()),
+        1 => Ok(true),
         _ => Err(JournalError::Corrupt("a voucher is for a session that is not open".into())),
     }
 }
@@ -165,4 +170,63 @@ impl Columns {
 
 fn amount(text: &str) -> Result<Amount, JournalError> {
     text.parse().map_err(|_| JournalError::Corrupt(format!("`{text}` is no amount")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::market::Journal;
+
+    #[tokio::test]
+    async fn a_voucher_never_takes_the_place_of_a_better_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let journal = Journal::open(folder.path()).expect("opens");
+        let text = |digit: &str, count: usize| format!("0x{}", digit.repeat(count));
+        let voucher = |amount| Voucher {
+            session: text("5", 64),
+            host: text("1", 40),
+            amount: Amount(amount),
+            input_tokens: 0,
+            output_tokens: 0,
+            transcript: text("0", 64),
+        };
+        let terms = Terms {
+            host: text("1", 40),
+            client: text("2", 40),
+            model: text("6", 64),
+            coin: text("0", 40),
+            price_input_per_mtok: Amount(1),
+            price_output_per_mtok: Amount(1),
+            expires_s: 1,
+            settle_window_s: 1,
+            valid_until_s: 1,
+            nonce: text("7", 64),
+        };
+        let row = SessionRow {
+            terms,
+            peer: PeerId("peer".into()),
+            deposit: Amount(9),
+            state: SessionState::Open,
+            voucher: voucher(0),
+            signature: vec![],
+            paid: None,
+            why: None,
+            opened_ms: 0,
+            changed_ms: 0,
+        };
+        journal.write(move |transaction| fund(transaction, &row)).await.expect("is kept");
+        for (amount, taken) in [(5, true), (3, false), (5, true), (8, true), (7, false)] {
+            let better = voucher(amount);
+            let kept = journal.write(move |transaction| pay(transaction, &better, &[1])).await.expect("writes");
+            assert_eq!(kept, taken, "{amount}");
+        }
+        let id = text("5", 64);
+        let row = journal.write(move |transaction| get(transaction, &id)).await.expect("reads").expect("is there");
+        assert_eq!(row.voucher, voucher(8));
+        let id = text("5", 64);
+        let settling = journal.write(move |transaction| turn(transaction, &id, SessionState::Settling, None, None)).await;
+        settling.expect("turns");
+        let late = voucher(9);
+        journal.write(move |transaction| pay(transaction, &late, &[1])).await.expect_err("is being handed in already");
+    }
 }

@@ -486,6 +486,9 @@ impl Lane {
             Err(error) => return Err(error),
         };
         let most = row.terms.max_amount;
+        if fee > most {
+            return over(State::Declined, Cause::Fee, "it pays less than its claim costs");
+        }
         if fee.0.saturating_mul(FEE_SHARE) > most.0 {
             let why = format!("a claim costs {fee} wei, and the job pays {most} at most");
             return Ok(Checked::Wait(Cause::Fee, why));

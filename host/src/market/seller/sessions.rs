@@ -148,6 +148,11 @@ impl Seller {
         }
         self.signed_by(&desk, &voucher, &signature, &terms.client).await?;
         let deposit = self.deposit(&desk, &id, &terms).await?;
+        if deposit < self.credit() {
+            let message =
+                format!("a deposit of {deposit} wei is too small: at least the credit, {} wei, is asked for", self.credit());
+            return Err(denied(message));
+        }
         if voucher.amount > deposit {
             return Err(PluginError::invalid(format!("{} wei are promised, and the deposit is {deposit}", voucher.amount)));
         }
@@ -251,8 +256,9 @@ impl Seller {
             tracing::warn!(session = %tab.id, "A client's voucher carries another transcript than this node's.");
         }
         let kept = (voucher.clone(), signature.clone());
-        self.journal.write(move |transaction| sessions::pay(transaction, &kept.0, &kept.1)).await?;
-        tab.take(voucher, signature, answers);
+        if self.journal.write(move |transaction| sessions::pay(transaction, &kept.0, &kept.1)).await? {
+            tab.take(voucher, signature, answers);
+        }
         Ok(())
     }
 

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use fabstir_plugin_api::chain::{Act, Amount, Session, SessionId, SessionState as OnChain, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError, Result};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -31,14 +33,15 @@ const AT_ONCE: usize = 16;
 /// What the loop is told from outside.
 #[derive(Default)]
 pub struct Settling {
-    wanted: Mutex<HashSet<SessionId>>,
+    /// Sessions that their clients have left, until they are settled, and whether they have not been looked at since.
+    wanted: Mutex<HashMap<SessionId, bool>>,
     woken: Notify,
 }
 
 impl Settling {
     /// This session is to be settled at once.
     pub fn now(&self, id: &SessionId) {
-        self.wanted.lock().insert(id.clone());
+        self.wanted.lock().insert(id.clone(), true);
         self.woken.notify_one();
     }
 }
@@ -55,14 +58,16 @@ enum Step {
     Lost,
 }
 
-/// What the chain says of a session decides, and how long nobody has used it.
-fn step(row: &SessionRow, session: &Session, now_s: u64, leave: bool) -> Step {
+/// What the chain says of a session decides, and how long nobody has used it. `block_s` is the time of the newest block: what the contract
+/// would say now; `now_s` is the time of this machine, where that is later.
+fn step(row: &SessionRow, session: &Session, block_s: u64, now_s: u64, leave: bool) -> Step {
     let settle_by_s = match session.state {
         OnChain::Settled => return Step::Over(session.paid),
         OnChain::Closing { settle_by_s } => settle_by_s,
         _ => session.expires_s + session.settle_window_s,
     };
-    if now_s > settle_by_s {
+    // A clock that is ahead loses nothing.
+    if block_s > settle_by_s {
         return Step::Lost;
     }
     // Nothing to gain, and the client can close it.
@@ -80,51 +85,71 @@ impl Seller {
     /// Looks again and again, for as long as there is this desk.
     pub(super) async fn settle(&self, desk: &Desk) {
         let mut asked: HashMap<SessionId, Instant> = HashMap::new();
+        let mut busy: HashSet<SessionId> = HashSet::new();
+        let mut steps = FuturesUnordered::new();
         loop {
-            if let Err(error) = self.look(desk, &mut asked).await {
-                tracing::warn!(code = %error.code, %error, "It cannot be found out what is to be settled; trying again.");
+            match self.due(&mut asked, &busy).await {
+                Ok(due) => {
+                    for (row, leave) in due.into_iter().take(AT_ONCE - steps.len()) {
+                        busy.insert(row.voucher.session.clone());
+                        steps.push(async move {
+                            let id = row.voucher.session.clone();
+                            (id, self.advance(desk, row, leave).await)
+                        });
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(code = %error.code, %error, "It cannot be found out what is to be settled; trying again.")
+                }
             }
-            // Whoever wakes it is looked for at once.
-            let _ = tokio::time::timeout(LOOK, self.settling.woken.notified()).await;
+            tokio::select! {
+                Some((id, outcome)) = steps.next() => {
+                    busy.remove(&id);
+                    let rest = match outcome {
+                        Ok(()) => ASK,
+                        Err(error) => {
+                            tracing::warn!(session = %id, %error, "A session is not settled yet.");
+                            LATER
+                        }
+                    };
+                    let rest = rest.min(Duration::from_secs(self.config.settle_window_s / 3)).max(LOOK);
+                    asked.insert(id, Instant::now() + rest);
+                }
+                // Whoever wakes it is looked for at once.
+                () = self.settling.woken.notified() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
         }
     }
 
-    async fn look(&self, desk: &Desk, asked: &mut HashMap<SessionId, Instant>) -> Result<()> {
+    /// The sessions to look at now, those first that were asked for or have waited the longest, and whether each is to be left.
+    async fn due(&self, asked: &mut HashMap<SessionId, Instant>, busy: &HashSet<SessionId>) -> Result<Vec<(SessionRow, bool)>> {
         let rows = self.journal.write(|transaction| sessions::list(transaction, &[SessionState::Open, SessionState::Settling]));
         let rows = rows.await?;
-        let wanted = self.settling.wanted.lock().clone();
         asked.retain(|id, _| rows.iter().any(|row| row.voucher.session == *id));
+        let wanted = {
+            let mut wanted = self.settling.wanted.lock();
+            wanted.retain(|id, _| rows.iter().any(|row| row.voucher.session == *id));
+            // The first look comes at once, the others when it is their turn.
+            let now: HashSet<SessionId> = wanted.iter().filter(|(_, first)| **first).map(|(id, _)| id.clone()).collect();
+            wanted.iter_mut().filter(|(id, _)| !busy.contains(*id)).for_each(|(_, first)| *first = false);
+            wanted.keys().map(|id| (id.clone(), now.contains(id))).collect::<HashMap<SessionId, bool>>()
+        };
         let now = Instant::now();
-        let due: Vec<(SessionRow, bool)> = rows
+        let mut due: Vec<(SessionRow, bool)> = rows
             .into_iter()
+            .filter(|row| {
+                let id = &row.voucher.session;
+                let at_once = wanted.get(id).is_some_and(|first| *first);
+                !busy.contains(id) && (at_once || asked.get(id).is_none_or(|next| *next <= now))
+            })
             .map(|row| {
-                let leave = wanted.contains(&row.voucher.session) || self.is_left(&row);
+                let leave = wanted.contains_key(&row.voucher.session) || self.is_left(&row);
                 (row, leave)
             })
-            .filter(|(row, leave)| {
-                let id = &row.voucher.session;
-                let next = asked.get(id).is_none_or(|next| *next <= now);
-                next || (wanted.contains(id) && *leave)
-            })
-            .take(AT_ONCE)
             .collect();
-        let steps = due.into_iter().map(|(row, leave)| async move {
-            let id = row.voucher.session.clone();
-            let outcome = self.advance(desk, row, leave).await;
-            (id, outcome)
-        });
-        for (id, outcome) in futures::future::join_all(steps).await {
-            self.settling.wanted.lock().remove(&id);
-            let pause = match outcome {
-                Ok(()) => ASK.min(Duration::from_secs(self.config.settle_window_s / 3)),
-                Err(error) => {
-                    tracing::warn!(session = %id, %error, "A session is not settled yet.");
-                    LATER.min(Duration::from_secs(self.config.settle_window_s / 3))
-                }
-            };
-            asked.insert(id, Instant::now() + pause.max(LOOK));
-        }
-        Ok(())
+        due.sort_by_key(|(row, leave)| (!leave, asked.get(&row.voucher.session).copied()));
+        Ok(due)
     }
 
     /// Whether nobody has used it for so long that nobody is expected to.
@@ -140,17 +165,21 @@ impl Seller {
     async fn advance(&self, desk: &Desk, row: SessionRow, leave: bool) -> Result<(), DeskError> {
         let cx = || Cx::new().with_timeout(QUESTION);
         let id = row.voucher.session.clone();
+        let heads = desk.chain.heads(&cx()).await?;
         let session = match desk.chain.session(&cx(), id.clone(), Sure::Latest).await {
-            // Its block was taken back, and may come again; the offer does not hold for ever.
-            Err(error)
-                if error.code == Code::NotFound && now_ms() / 1000 > row.terms.valid_until_s + self.config.settle_window_s =>
-            {
-                return self.close(&id, SessionState::Lost, None, Some("the chain has taken the deposit back")).await;
+            // Its block was taken back, and comes again as long as the offer holds: only a safe block is the end of that.
+            Err(error) if error.code == Code::NotFound && heads.safe.time_s > row.terms.valid_until_s => {
+                return match desk.chain.session(&cx(), id.clone(), Sure::Safe).await {
+                    Err(error) if error.code == Code::NotFound => {
+                        self.close(&id, SessionState::Lost, None, Some("the chain has taken the deposit back")).await
+                    }
+                    _ => Err(error.into()),
+                };
             }
             session => session?,
         };
-        let now_s = desk.chain.heads(&cx()).await?.latest.time_s.max(now_ms() / 1000);
-        match step(&row, &session, now_s, leave) {
+        let block_s = heads.latest.time_s;
+        match step(&row, &session, block_s, block_s.max(now_ms() / 1000), leave) {
             Step::Nothing => Ok(()),
             Step::Over(paid) => {
                 tracing::info!(session = %id, %paid, "A session is settled.");

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A request's prompt counts from its first piece on, as far as it can be told without the model, and exactly at the end. So one who does not
-//! pay takes along at most the credit and one prompt.
+//! pay takes along at most the credit and one prompt of each request that was let in together.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -24,6 +24,7 @@ use tokio::sync::Notify;
 use crate::market::Prices;
 use crate::market::journal::sessions::SessionRow;
 use crate::market::transcript::{self, AnswerHash};
+use crate::network::session::wire::tokens_of;
 
 /// How often a client that does not pay is told what is due.
 const REMIND: Duration = Duration::from_secs(1);
@@ -54,9 +55,13 @@ struct State {
     /// The best voucher that is on disk, and its signature.
     voucher: Voucher,
     signature: Signature,
+    /// What was promised beyond the tokens that were named with it, when this peer came: it stays due.
+    before: Amount,
     /// What was delivered in all.
     input_tokens: u64,
     output_tokens: u64,
+    /// Prompts of requests that were let in and have brought no piece yet.
+    coming: u64,
     /// The answers that have come to their end and are in no transcript yet, and those that are.
     answers: HashMap<AnswerName, [u8; 32]>,
     agreed: HashSet<AnswerName>,
@@ -82,11 +87,6 @@ pub enum Judged {
     Known,
 }
 
-/// The tokens of a piece as both sides count them: a piece has no more tokens than bytes, whatever anybody says.
-pub fn tokens_of(text: &Text) -> u32 {
-    text.tokens.min(text.text.len().max(text.logprobs.len()).max(1) as u32)
-}
-
 impl Tab {
     /// A tab of a session whose first voucher is on disk.
     pub fn new(row: &SessionRow, credit: Amount, patience: Duration) -> Arc<Self> {
@@ -95,8 +95,10 @@ impl Tab {
         let state = State {
             peer,
             deposit,
+            before: beyond(prices, &voucher),
             input_tokens: voucher.input_tokens,
             output_tokens: voucher.output_tokens,
+            coming: 0,
             answers: HashMap::new(),
             agreed: HashSet::new(),
             used: Instant::now(),
@@ -114,7 +116,14 @@ impl Tab {
         let mut state = self.state.lock();
         state.input_tokens = state.input_tokens.max(voucher.input_tokens);
         state.output_tokens = state.output_tokens.max(voucher.output_tokens);
-        (state.peer, state.deposit, state.voucher, state.signature) = (peer, deposit, voucher, signature);
+        // What was promised is due, whatever tokens were named with it.
+        let counted = self.prices.of(state.input_tokens, state.output_tokens);
+        state.before = state.before.max(Amount(voucher.amount.0.saturating_sub(counted.0)));
+        (state.peer, state.deposit) = (peer, deposit);
+        // Another may have been stored since this one was.
+        if voucher.amount >= state.voucher.amount {
+            (state.voucher, state.signature) = (voucher, signature);
+        }
         state.answers.clear();
         state.agreed.clear();
         state.used = Instant::now();
@@ -141,7 +150,14 @@ impl Tab {
 
     fn due_of(&self, state: &State) -> Due {
         let (input_tokens, output_tokens) = (state.input_tokens, state.output_tokens);
-        Due { amount: self.prices.of(input_tokens, output_tokens), input_tokens, output_tokens }
+        Due { amount: self.cost(state, 0, 0), input_tokens, output_tokens }
+    }
+
+    /// What all comes to with so many tokens more. What cannot be counted is more than anybody's deposit.
+    fn cost(&self, state: &State, input_tokens: u64, output_tokens: u64) -> Amount {
+        let input_tokens = state.input_tokens.saturating_add(input_tokens);
+        let output_tokens = state.output_tokens.saturating_add(output_tokens);
+        Amount(self.prices.of(input_tokens, output_tokens).0.saturating_add(state.before.0))
     }
 
     /// What was delivered and is promised by no voucher.
@@ -224,11 +240,13 @@ impl Tab {
     /// Begins to count for one request. `infer` is the message that asked for it, `prompt_tokens` an estimate.
     pub fn meter(self: &Arc<Self>, name: AnswerName, infer: &[u8], prompt_tokens: u64) -> Meter {
         self.running.fetch_add(1, Ordering::AcqRel);
-        Meter { tab: self.clone(), name, hash: AnswerHash::new(infer), prompt_tokens, begun: false, output_tokens: 0 }
+        let hash = AnswerHash::new(infer);
+        Meter { tab: self.clone(), name, hash, prompt_tokens, let_in: false, begun: false, output_tokens: 0 }
     }
 
-    /// Counts these tokens as soon as the credit allows it; `remind` tells the client what is due meanwhile.
-    async fn count(&self, prompt_tokens: u64, output_tokens: u64, remind: &(dyn Fn(Due) + Sync)) -> Result<()> {
+    /// Counts these tokens as soon as the credit allows it; `remind` tells the client what is due meanwhile. `coming` is a prompt that is let
+    /// in or, once its first piece is there, counts as read.
+    async fn count(&self, coming: Coming, output_tokens: u64, remind: &(dyn Fn(Due) + Sync)) -> Result<()> {
         let began = Instant::now();
         loop {
             let changed = self.changed.notified();
@@ -240,18 +258,28 @@ impl Tab {
                 if let Some(why) = &state.ended {
                     return Err(why.clone());
                 }
-                let now = self.due_of(&state).amount.0;
+                let now = self.cost(&state, 0, 0).0;
                 let vouched = state.voucher.amount.0;
-                let next = self.prices.of(state.input_tokens + prompt_tokens, state.output_tokens + output_tokens).0;
-                if next > state.deposit.0 {
+                let (let_in, prompt_tokens) = match coming {
+                    // Room for a token of each: nothing is read that could not be answered.
+                    Coming::Asked(tokens) => (state.coming.saturating_add(tokens), 0),
+                    Coming::Read(tokens) => (0, tokens),
+                    Coming::Nothing => (0, 0),
+                };
+                let least = output_tokens.max(u64::from(let_in > 0));
+                if self.cost(&state, let_in.saturating_add(prompt_tokens), least) > state.deposit {
                     let message = format!("the deposit of {} wei is used up: fund another session", state.deposit);
                     return Err(PluginError::new(Code::Denied, message));
                 }
                 // A prompt needs no credit of its own, and neither does a piece for one who owes nothing.
-                let piece = self.prices.of(state.input_tokens, state.output_tokens + output_tokens).0;
+                let piece = self.cost(&state, 0, output_tokens).0;
                 if now <= vouched || piece.saturating_sub(vouched) <= self.credit.0 {
-                    state.input_tokens += prompt_tokens;
-                    state.output_tokens += output_tokens;
+                    if let Coming::Asked(tokens) = coming {
+                        state.coming = state.coming.saturating_add(tokens);
+                    }
+                    state.coming -= prompt_tokens.min(state.coming);
+                    state.input_tokens = state.input_tokens.saturating_add(prompt_tokens);
+                    state.output_tokens = state.output_tokens.saturating_add(output_tokens);
                     state.used = Instant::now();
                     return Ok(());
                 }
@@ -273,6 +301,19 @@ impl Tab {
     }
 }
 
+/// The prompt of a request, on its way into the count.
+#[derive(Clone, Copy)]
+enum Coming {
+    Nothing,
+    Asked(u64),
+    Read(u64),
+}
+
+/// What a voucher promises beyond the tokens that it names.
+fn beyond(prices: Prices, voucher: &Voucher) -> Amount {
+    Amount(voucher.amount.0.saturating_sub(prices.of(voucher.input_tokens, voucher.output_tokens).0))
+}
+
 /// Counts what one request delivers.
 pub struct Meter {
     tab: Arc<Tab>,
@@ -280,6 +321,7 @@ pub struct Meter {
     hash: AnswerHash,
     /// The estimate, which counts from the first piece on.
     prompt_tokens: u64,
+    let_in: bool,
     begun: bool,
     output_tokens: u64,
 }
@@ -290,15 +332,20 @@ impl Meter {
     }
 
     /// Waits until the session owes little enough for another request to begin.
-    pub async fn admit(&self, remind: &(dyn Fn(Due) + Sync)) -> Result<()> {
-        self.tab.count(0, 0, remind).await
+    ///
+    /// # Errors
+    /// `Denied` where the deposit does not have its prompt and those of others that were let in.
+    pub async fn admit(&mut self, remind: &(dyn Fn(Due) + Sync)) -> Result<()> {
+        self.tab.count(Coming::Asked(self.prompt_tokens), 0, remind).await?;
+        self.let_in = true;
+        Ok(())
     }
 
     /// Waits until this piece may be delivered, and counts it.
     pub async fn release(&mut self, text: &Text, message: &[u8], remind: &(dyn Fn(Due) + Sync)) -> Result<()> {
         let tokens = tokens_of(text).into();
-        let prompt_tokens = if self.begun { 0 } else { self.prompt_tokens };
-        self.tab.count(prompt_tokens, tokens, remind).await?;
+        let coming = if self.begun { Coming::Nothing } else { Coming::Read(self.prompt_tokens) };
+        self.tab.count(coming, tokens, remind).await?;
         self.begun = true;
         self.output_tokens += tokens;
         self.hash.piece(message);
@@ -310,7 +357,8 @@ impl Meter {
         self.hash.piece(message);
         let mut state = self.tab.state.lock();
         let estimated = if self.begun { self.prompt_tokens } else { 0 };
-        state.input_tokens = (state.input_tokens - estimated.min(state.input_tokens)) + u64::from(usage.prompt_tokens);
+        let others = state.input_tokens.saturating_sub(estimated);
+        state.input_tokens = others.saturating_add(usage.prompt_tokens.into());
         let too_many = self.output_tokens.saturating_sub(usage.completion_tokens.into());
         state.output_tokens -= too_many.min(state.output_tokens);
         let hash = std::mem::replace(&mut self.hash, AnswerHash::new(&[]));
@@ -326,6 +374,10 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.tab.running.fetch_sub(1, Ordering::AcqRel);
+        if self.let_in && !self.begun {
+            let mut state = self.tab.state.lock();
+            state.coming -= self.prompt_tokens.min(state.coming);
+        }
     }
 }
 
@@ -443,6 +495,38 @@ mod tests {
         meter.release(&piece(50), b"piece", &nobody).await.expect("is covered to the wei");
     }
 
+    #[tokio::test]
+    async fn a_prompt_that_the_deposit_does_not_have_is_not_read() {
+        let tab = tab(100, Duration::from_millis(1));
+        let mut first = tab.meter(("s".into(), 1), b"infer", 60);
+        first.admit(&nobody).await.expect("is there");
+        let mut second = tab.meter(("s".into(), 2), b"infer", 60);
+        assert_eq!(second.admit(&nobody).await.expect_err("is not there for both").code, Code::Denied);
+        drop(first);
+        second.admit(&nobody).await.expect("is there again");
+        second.release(&piece(10), b"piece", &nobody).await.expect("is there");
+        assert_eq!(tab.due().amount, Amount(70));
+    }
+
+    #[tokio::test]
+    async fn whatever_tokens_a_client_names_it_gets_no_more_for_its_money() {
+        // None at all: what was promised is due all the same, and the credit is not given anew.
+        let tab = tab(1000, Duration::from_millis(1));
+        tab.go_on(PeerId("peer".into()), Amount(1000), voucher(500, 0, 0), vec![]);
+        let mut meter = tab.meter(("s".into(), 1), b"infer", 0);
+        let mut got = 0;
+        while meter.release(&piece(1), b"piece", &nobody).await.is_ok() {
+            got += 1;
+        }
+        assert_eq!(got, CREDIT);
+        // More than can be counted: nothing comes at all.
+        tab.go_on(PeerId("peer".into()), Amount(1000), voucher(500, 0, u64::MAX), vec![]);
+        meter.release(&piece(1), b"piece", &nobody).await.expect_err("is more than the deposit");
+        // A lower one than is known does not replace it.
+        tab.go_on(PeerId("peer".into()), Amount(1000), voucher(1, 0, 0), vec![]);
+        assert_eq!(tab.voucher().0.amount, Amount(500));
+    }
+
     #[test]
     fn a_voucher_is_for_all_that_was_delivered_and_never_for_less_than_before() {
         let tab = tab(1000, Duration::ZERO);
@@ -482,12 +566,5 @@ mod tests {
         assert_eq!(tab.root_after(&[name]), root, "an answer counts once, however often it is named");
         assert!(!tab.is_idle(Duration::from_secs(5)));
         assert!(tab.is_idle(Duration::ZERO));
-    }
-
-    #[test]
-    fn nobody_sells_more_tokens_than_bytes() {
-        assert_eq!(tokens_of(&Text { text: "ab".into(), tokens: 9, logprobs: vec![] }), 2);
-        assert_eq!(tokens_of(&Text { text: String::new(), tokens: 9, logprobs: vec![] }), 1);
-        assert_eq!(tokens_of(&Text { text: "abc".into(), tokens: 2, logprobs: vec![] }), 2);
     }
 }

@@ -573,7 +573,7 @@ async fn answer(
     let failed = |seq, refusal| Tell::Failed { id, seq, refusal };
     let paid_by = meter.as_ref().map(|meter| meter.session().clone()).unwrap_or_default();
     let remind = |due| session.remind(&paid_by, due);
-    if let Some(meter) = &meter
+    if let Some(meter) = &mut meter
         && let Err(refusal) = meter.admit(&remind).await
     {
         return add(&session, id, 0, &failed(0, refusal)).await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use fabstir_plugin_api::abi::Blob;
 use fabstir_plugin_api::chain::{Account, Amount, Hash32, SessionId, Signature, Terms, Voucher};
 use fabstir_plugin_api::error::{Code, PluginError};
-use fabstir_plugin_api::inference::{Chunk, Generation};
+use fabstir_plugin_api::inference::{Chunk, Generation, Text};
 use serde::{Deserialize, Serialize};
 
 /// The version that this node speaks.
@@ -121,6 +121,12 @@ pub enum Tell {
     Unknown,
 }
 
+/// The tokens of a piece as both sides count them: one that says no text is one token at most, and none has more tokens than bytes,
+/// whatever anybody says.
+pub fn tokens_of(text: &Text) -> u32 {
+    text.tokens.min(text.text.len().clamp(1, u32::MAX as usize) as u32)
+}
+
 /// The bytes of a message.
 ///
 /// # Errors
@@ -143,7 +149,7 @@ pub fn decode<'a, M: Deserialize<'a>>(bytes: &'a [u8]) -> Result<M, PluginError>
 
 #[cfg(test)]
 mod tests {
-    use fabstir_plugin_api::inference::{Done, Finish, Text, Usage};
+    use fabstir_plugin_api::inference::{Done, Finish, Usage};
 
     use super::*;
     use crate::scheduler::tests::request;
@@ -213,6 +219,14 @@ mod tests {
         ];
         for tell in tells {
             assert_eq!(decode::<Tell>(&encode(&tell).expect("fits")).expect("reads"), tell);
+        }
+    }
+
+    #[test]
+    fn nobody_sells_more_tokens_than_bytes() {
+        let text = |text: &str, tokens| Text { text: text.into(), tokens, logprobs: Vec::new() };
+        for (piece, counted) in [(text("ab", 9), 2), (text("", 9), 1), (text("", 0), 0), (text("abc", 2), 2)] {
+            assert_eq!(tokens_of(&piece), counted, "{piece:?}");
         }
     }
 

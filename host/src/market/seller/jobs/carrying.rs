@@ -11,19 +11,19 @@ use fabstir_plugin_api::abi::Blob;
 use fabstir_plugin_api::chain::{Act, JobResult, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
-use fabstir_plugin_api::inference::Chunk;
+use fabstir_plugin_api::inference::{Chunk, Input};
 use fabstir_plugin_api::storage::Expect;
 use fabstir_plugin_api::stream::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::verdict::{Cause, OnChain};
+use super::verdict::{Cause, OnChain, paid_output};
 use super::{AGAIN, Shared};
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{JobRow, State, Step};
 use crate::market::posting::{JobInput, JobOutput, ResultRef};
 use crate::market::{Desk, DeskError};
 use crate::network::now_ms;
-use crate::scheduler::Refused;
+use crate::scheduler::{Refused, estimated_tokens};
 
 /// What is left of a job's time for handing its result in. Seconds.
 const MARGIN_S: u64 = 15;
@@ -251,7 +251,9 @@ impl Carrier {
     }
 
     async fn generate(&self, row: &JobRow, input: &JobInput, model: &str, within: Duration) -> Result<JobOutput, Refused> {
-        let mut request = input.generation(model, row.terms.max_output_tokens);
+        // No more than is paid for, whatever the terms allow.
+        let prompt_tokens = estimated_tokens(&Input::Messages(input.messages.clone()));
+        let mut request = input.generation(model, paid_output(&row.terms, prompt_tokens));
         // One client's jobs may share what was read of their prompts; nobody else learns from the time it takes.
         request.cache_salt = format!("job:{}", row.client);
         let mut answer = self.shared.seller.scheduler.generate(Cx::new().with_timeout(within), request).await?;

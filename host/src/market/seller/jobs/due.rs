@@ -88,7 +88,7 @@ impl Due {
             return Ok(());
         }
         let order = shared.desk.order(format!("expire-{id}-{}", row.attempt), Act::ExpireJob { job: id }).await?;
-        if order.state == ProgressState::Dead {
+        if matches!(order.state, ProgressState::Dead | ProgressState::Reverted { .. }) {
             // The next one has a key of its own.
             let anew = Step { anew: true, ..Step::to(State::Submitted) };
             shared

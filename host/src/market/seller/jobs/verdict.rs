@@ -1,6 +1,6 @@
 //! Whether a posted job is worth taking, from what it says and how this node stands. Nothing is asked here, and nothing is changed.
 
-use fabstir_plugin_api::chain::{Job, JobState, ModelId};
+use fabstir_plugin_api::chain::{Job, JobState, JobTerms, ModelId};
 use fabstir_plugin_api::inference::Input;
 
 use crate::market::journal::jobs::JobRow;
@@ -199,7 +199,8 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     if tokens > terms.max_input_tokens {
         return no(Cause::TooLong, format!("its input has about {tokens} tokens, its terms pay for {}", terms.max_input_tokens));
     }
-    if terms.max_output_tokens == 0 {
+    let most = paid_output(terms, tokens);
+    if most == 0 {
         return no(Cause::Amount, "its terms pay for no token of an answer".into());
     }
     let later = |cause, why: String| if node.is_starting { Verdict::Wait(cause, why) } else { Verdict::Decline(cause, why) };
@@ -207,7 +208,7 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     if models.is_empty() {
         return later(Cause::Model, format!("the model {} is not served", terms.model));
     }
-    let needed = tokens.saturating_add(terms.max_output_tokens);
+    let needed = tokens.saturating_add(most);
     let Some(first) = models.iter().find(|model| needed <= model.context.into()) else {
         let context = models.iter().map(|model| model.context).max().unwrap_or(0);
         return no(Cause::TooLong, format!("it may have {needed} tokens in all, the model's context has {context}"));
@@ -225,6 +226,15 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         Some(model) => Verdict::Take(model.name.clone()),
         None => Verdict::Wait(Cause::Room, format!("no slot of {} is free", first.name)),
     }
+}
+
+/// The most tokens of an answer that a job's terms pay for, after a prompt of so many tokens.
+pub fn paid_output(terms: &JobTerms, prompt_tokens: u64) -> u64 {
+    const MILLION: u128 = 1_000_000;
+    let prompt = terms.price_input_per_mtok.0.saturating_mul(prompt_tokens.into());
+    let left = terms.max_amount.0.saturating_mul(MILLION).saturating_sub(prompt);
+    let paid = left.checked_div(terms.price_output_per_mtok.0).unwrap_or(u128::MAX);
+    u64::try_from(paid).unwrap_or(u64::MAX).min(terms.max_output_tokens)
 }
 
 /// What the chain says of a job that the journal knows.
