@@ -429,7 +429,7 @@ impl Drop for Mounted {
 #[tokio::test(flavor = "multi_thread")]
 async fn blocks_that_are_taken_back_change_nothing_about_what_is_paid() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "", ECHO).await;
+    let provider = market::node(&chain, NODE, "settle_window_s = 30\n", ECHO).await;
     let payer = Payer::start(&chain, CLIENT).await;
     let before = paid(&payer, market::PAYOUT.address.into()).await;
     chain.mine(80).await;
