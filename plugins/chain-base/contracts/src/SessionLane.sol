@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 pragma solidity ^0.8.28;
 
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 import {SignatureChecker} from "@openzeppelin/contracts/utils/cryptography/SignatureChecker.sol";
 import {Ledger} from "./Ledger.sol";
@@ -10,7 +11,7 @@ import {Ledger} from "./Ledger.sol";
 /// Only the best voucher matters. States: Active, Closing (the client asked to close; the host may still bring a voucher), Settled.
 /// @dev Prices are in the offer and in the log. The contract does not compute amounts from them: the client's signature is the amount.
 /// A client that is a contract (ERC-1271) can withdraw its approval of a signature, so a host should settle such vouchers early and
-/// should not put them in one batch with others.
+/// should not put them in one batch with others. What a key signed stays good, whatever code its account is given later (EIP-7702).
 abstract contract SessionLane is Ledger, EIP712 {
     uint256 public constant MAX_BATCH = 64;
 
@@ -138,7 +139,7 @@ abstract contract SessionLane is Ledger, EIP712 {
     /// @notice Opens a session on a host's signed offer. Called by the client named in it, with the deposit (native coin as `msg.value`,
     /// a token by allowance). Afterwards the session is Active until it is closed, or until its expiry and settle window are over.
     /// Fails when paused, when the host's node may not take on work, and when the nonce was used.
-    /// @param hostOfferSig The node's current hot key on `offerDigest(t)`.
+    /// @param hostOfferSig The signature of the node's current hot key on `offerDigest(t)`, by key or by ERC-1271.
     function openSession(SessionTerms calldata t, bytes calldata hostOfferSig)
         external
         payable
@@ -156,7 +157,7 @@ abstract contract SessionLane is Ledger, EIP712 {
         sessionId = keccak256(abi.encode(block.chainid, address(this), t.client, t.host, t.nonce));
         if (_sessions[sessionId].state != SessionState.None) revert SessionExists(sessionId);
         address hotKey = nodes.activeHotKey(t.host);
-        if (!SignatureChecker.isValidSignatureNowCalldata(hotKey, offerDigest(t), hostOfferSig)) revert BadOfferSignature(hotKey);
+        if (!_signedBy(hotKey, offerDigest(t), hostOfferSig)) revert BadOfferSignature(hotKey);
 
         _pull(t.token, t.deposit);
         uint64 settleBy = t.expiry + t.settleWindowSecs;
@@ -302,8 +303,16 @@ abstract contract SessionLane is Ledger, EIP712 {
         if (v.host != s.host) return SkipReason.WrongHost;
         if (equalIsFine ? v.cumulativeAmount < s.paid : v.cumulativeAmount <= s.paid) return SkipReason.NotImproving;
         if (v.cumulativeAmount > s.deposit) return SkipReason.AboveDeposit;
-        if (!SignatureChecker.isValidSignatureNowCalldata(s.client, voucherDigest(v), sig)) return SkipReason.BadSignature;
+        if (!_signedBy(s.client, voucherDigest(v), sig)) return SkipReason.BadSignature;
         return SkipReason.None;
+    }
+
+    /// @dev The one rule for signatures: by the signer's key, else by ERC-1271. The key comes first, because an account that has a key
+    /// can be given any code after it has signed (EIP-7702), and that code must not undo what the key signed.
+    function _signedBy(address signer, bytes32 digest, bytes calldata sig) private view returns (bool) {
+        (address recovered, ECDSA.RecoverError err,) = ECDSA.tryRecoverCalldata(digest, sig);
+        if (err == ECDSA.RecoverError.NoError && recovered == signer) return true;
+        return SignatureChecker.isValidERC1271SignatureNowCalldata(signer, digest, sig);
     }
 
     function _requireNoReason(SkipReason why, Session storage s, Voucher calldata v) private view {

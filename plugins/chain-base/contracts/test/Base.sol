@@ -17,6 +17,8 @@ interface Vm {
     function sign(uint256 key, bytes32 digest) external pure returns (uint8 v, bytes32 r, bytes32 s);
     function prank(address sender) external;
     function deal(address who, uint256 wei_) external;
+    function etch(address who, bytes calldata code) external;
+    function signAndAttachDelegation(address implementation, uint256 key) external;
     function warp(uint256 timestamp) external;
     function chainId(uint256 id) external;
     function expectRevert(bytes calldata data) external;

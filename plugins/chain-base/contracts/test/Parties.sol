@@ -101,6 +101,13 @@ contract StubbornClient {
     }
 }
 
+/// @dev Code that refuses every call, ERC-1271 included.
+contract Refuser {
+    fallback() external payable {
+        revert("refused");
+    }
+}
+
 /// @dev Accepts the proof "good", fails on "boom", refuses the rest.
 contract TestVerifier is IVerifier {
     function verify(bytes32, bytes calldata, bytes calldata proof) external pure returns (bool) {

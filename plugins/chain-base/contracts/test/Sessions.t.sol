@@ -2,7 +2,7 @@
 pragma solidity ^0.8.28;
 
 import {Base} from "./Base.sol";
-import {FeeToken, ReentrantToken, StubbornClient} from "./Parties.sol";
+import {FeeToken, Refuser, ReentrantToken, StubbornClient} from "./Parties.sol";
 import {Ledger} from "../src/Ledger.sol";
 import {SessionLane} from "../src/SessionLane.sol";
 import {JobLane} from "../src/JobLane.sol";
@@ -363,6 +363,131 @@ contract SessionsTest is Base {
         eq(escrow.credits(address(0), address(stubborn)), 6 ether, "the credit is as before");
         stubborn.act(0, elsewhere);
         eq(address(0xD00D).balance, 6 ether, "elsewhere");
+    }
+
+    /// @dev Vouchers of a client whose account has code that refuses: settled in each of the three ways, and forged ones refused.
+    function vouchersOfAnAccountWithCodeCount(bytes32 id) internal {
+        yes(client.code.length != 0, "the client has code");
+        (bool ok,) = client.call(abi.encodeCall(StubbornClient.isValidSignature, (0, "")));
+        yes(!ok, "it refuses");
+        SessionLane.Voucher memory v = voucher(id, 3 ether);
+        bytes memory wrong = sign(HOT_KEY, escrow.voucherDigest(v));
+        vm.expectRevert(abi.encodeWithSelector(SessionLane.BadVoucherSignature.selector, client));
+        escrow.settle(v, wrong);
+        vm.expectRevert(abi.encodeWithSelector(SessionLane.BadVoucherSignature.selector, client));
+        escrow.settle(v, "");
+        settle(id, 1 ether);
+        SessionLane.Voucher[] memory many = new SessionLane.Voucher[](2);
+        bytes[] memory sigs = new bytes[](2);
+        (many[0], many[1]) = (v, voucher(id, 2 ether));
+        (sigs[0], sigs[1]) = (wrong, signed(many[1]));
+        eq(escrow.settleMany(many, sigs), 1, "settled");
+        eq(escrow.credits(address(0), PAYOUT), 2 ether, "the forged one was left out");
+        v = voucher(id, 4 ether);
+        bytes memory sig = signed(v);
+        vm.prank(hot);
+        escrow.settleAndClose(v, sig);
+        eq(escrow.credits(address(0), PAYOUT), 4 ether, "host");
+        eq(escrow.credits(address(0), client), 6 ether, "client");
+    }
+
+    function test_a_voucher_stays_good_when_its_signer_gets_code() public {
+        bytes32 id = open(address(0), 10 ether, 0);
+        vm.etch(client, type(Refuser).runtimeCode);
+        vouchersOfAnAccountWithCodeCount(id);
+    }
+
+    /// forge-config: default.evm_version = "prague"
+    function test_a_voucher_stays_good_when_its_signer_delegates() public {
+        bytes32 id = open(address(0), 10 ether, 0);
+        vm.signAndAttachDelegation(address(new Refuser()), CLIENT_KEY);
+        vouchersOfAnAccountWithCodeCount(id);
+    }
+
+    function test_code_may_approve_what_the_key_did_not_sign() public {
+        bytes32 id = open(address(0), 10 ether, 0);
+        StubbornClient wallet = new StubbornClient(address(escrow));
+        vm.etch(client, address(wallet).code);
+        SessionLane.Voucher memory v = voucher(id, 1 ether);
+        bytes memory sig = sign(HOT_KEY, escrow.voucherDigest(v));
+        vm.expectRevert(abi.encodeWithSelector(SessionLane.BadVoucherSignature.selector, client));
+        escrow.settle(v, sig);
+        StubbornClient(client).approve(escrow.voucherDigest(v), true);
+        escrow.settle(v, sig);
+        eq(escrow.credits(address(0), PAYOUT), 1 ether, "approved by code");
+        settle(id, 2 ether);
+        eq(escrow.credits(address(0), PAYOUT), 2 ether, "signed by key");
+    }
+
+    function test_a_signature_by_key_has_one_form() public {
+        bytes32 id = open(address(0), 10 ether, 0);
+        SessionLane.Voucher memory v = voucher(id, 1 ether);
+        (uint8 parity, bytes32 r, bytes32 s) = vm.sign(CLIENT_KEY, escrow.voucherDigest(v));
+        uint256 order = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141;
+        bytes[] memory sigs = new bytes[](4);
+        sigs[0] = abi.encodePacked(r, order - uint256(s), parity == 27 ? uint8(28) : uint8(27));
+        sigs[1] = abi.encodePacked(r, s, parity - 27);
+        sigs[2] = abi.encodePacked(r, s, parity, uint8(0));
+        sigs[3] = abi.encodePacked(r, uint256(s) | uint256(parity - 27) << 255);
+        for (uint256 withCode = 0; withCode < 2; ++withCode) {
+            for (uint256 i = 0; i < sigs.length; ++i) {
+                vm.expectRevert(abi.encodeWithSelector(SessionLane.BadVoucherSignature.selector, client));
+                escrow.settle(v, sigs[i]);
+            }
+            vm.etch(client, type(Refuser).runtimeCode);
+        }
+        escrow.settle(v, abi.encodePacked(r, s, parity));
+    }
+
+    /// @dev The offer of a host whose hot key has code that refuses.
+    function offersOfAnAccountWithCodeCount() internal {
+        yes(hot.code.length != 0, "the hot key has code");
+        SessionLane.SessionTerms memory t = sessionTerms(address(0), 1 ether, 0);
+        bytes memory refusal = abi.encodeWithSelector(SessionLane.BadOfferSignature.selector, hot);
+        expectOpen(t, sign(HOT2_KEY, escrow.offerDigest(t)), client, 1 ether, refusal);
+        expectOpen(t, "", client, 1 ether, refusal);
+        bytes32 id = open(address(0), 1 ether, 0);
+        yes(escrow.sessions(id).state == SessionLane.SessionState.Active, "open");
+    }
+
+    function test_an_offer_stays_good_when_its_hot_key_gets_code() public {
+        vm.etch(hot, type(Refuser).runtimeCode);
+        offersOfAnAccountWithCodeCount();
+    }
+
+    /// forge-config: default.evm_version = "prague"
+    function test_an_offer_stays_good_when_its_hot_key_delegates() public {
+        vm.signAndAttachDelegation(address(new Refuser()), HOT_KEY);
+        offersOfAnAccountWithCodeCount();
+    }
+
+    function test_a_hot_key_that_is_a_contract_offers_by_its_code() public {
+        StubbornClient wallet = new StubbornClient(address(escrow));
+        vm.prank(PAYOUT);
+        nodes.setHotKey(hot, address(wallet));
+        SessionLane.SessionTerms memory t = sessionTerms(address(0), 1 ether, 0);
+        bytes memory sig = sign(HOT_KEY, escrow.offerDigest(t));
+        expectOpen(t, sig, client, 1 ether, abi.encodeWithSelector(SessionLane.BadOfferSignature.selector, wallet));
+        wallet.approve(escrow.offerDigest(t), true);
+        open(address(0), 1 ether, 0);
+        // The identity precompile answers with what it is given, the selector of ERC-1271 first; that is no yes.
+        vm.prank(PAYOUT);
+        nodes.setHotKey(hot, address(4));
+        t = sessionTerms(address(0), 1 ether, bytes32(uint256(1)));
+        expectOpen(t, sig, client, 1 ether, abi.encodeWithSelector(SessionLane.BadOfferSignature.selector, address(4)));
+    }
+
+    function test_a_node_without_a_hot_key_has_no_offers() public {
+        address moved = vm.addr(0xBEEF);
+        vm.prank(PAYOUT);
+        nodes.setHotKey(hot, moved);
+        registerNode(moved, PAYOUT);
+        yes(nodes.activeHotKey(hot) == address(0), "its key serves another node");
+        SessionLane.SessionTerms memory t = sessionTerms(address(0), 1 ether, 0);
+        bytes memory refusal = abi.encodeWithSelector(SessionLane.BadOfferSignature.selector, address(0));
+        expectOpen(t, "", client, 1 ether, refusal);
+        expectOpen(t, new bytes(65), client, 1 ether, refusal);
+        expectOpen(t, sign(0xBEEF, escrow.offerDigest(t)), client, 1 ether, refusal);
     }
 
     function test_a_plain_transfer_to_the_escrow_is_refused() public {
