@@ -89,6 +89,7 @@ impl Subjects {
                 state: SessionState::Open,
                 voucher,
                 signature,
+                exposed: Amount(0),
                 paid: None,
                 why: None,
                 opened_ms: 0,

@@ -15,7 +15,7 @@ use crate::market::{coins, journal};
 
 /// Shows what this node has earned.
 ///
-/// What was promised and handed in comes from the node's journal, which may be read while it runs. How much of it the chain has, and in how
+/// What was promised and handed in, and what is delivered and not promised yet, comes from the node's journal, which may be read while it runs. How much of it the chain has, and in how
 /// sure a block, and what waits to be withdrawn, comes from the chain; where that cannot be reached, those lines say so.
 #[derive(Debug, Args)]
 pub struct Earnings {
@@ -62,6 +62,7 @@ impl Earnings {
             ["  sessions, settling".into(), sum(sessions.settling, "session")],
             ["  jobs, submitted".into(), sum(jobs.submitted, "job")],
         ];
+        rows.push(["exposed now".into(), sum(sessions.exposed, "session")]);
         if sessions.lost.count > 0 {
             rows.push(["lost".into(), sum(sessions.lost, "session")]);
         }

@@ -31,6 +31,8 @@ impl Sum {
 pub struct OfSessions {
     /// Promised in vouchers, which are not handed in yet.
     pub vouchered: Sum,
+    /// Delivered, and promised by no voucher: what would be lost if every client left now.
+    pub exposed: Sum,
     /// In vouchers that are being handed in.
     pub settling: Sum,
     /// Paid by the contract.
@@ -78,7 +80,12 @@ fn sessions(journal: &Connection) -> Result<OfSessions, JournalError> {
     let all = [SessionState::Open, SessionState::Settling, SessionState::Settled, SessionState::Lost];
     for row in list(journal, &all)? {
         match row.state {
-            SessionState::Open => of.vouchered.add(row.voucher.amount),
+            SessionState::Open => {
+                of.vouchered.add(row.voucher.amount);
+                if row.exposed.0 > 0 {
+                    of.exposed.add(row.exposed);
+                }
+            }
             SessionState::Settling => of.settling.add(row.voucher.amount),
             SessionState::Settled => of.settled.add(paid(row.paid)?),
             SessionState::Lost => {

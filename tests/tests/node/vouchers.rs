@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use fabstir_host::market::journal::{self, sessions};
 use fabstir_host::market::transcript;
 use fabstir_host::network::session::wire::Ask;
-use fabstir_plugin_api::chain::{Account, Act, Amount, SessionState, Sure, Voucher};
+use fabstir_plugin_api::chain::{Account, Act, Amount, Session, SessionState, Sure, Voucher};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::Code;
 use fabstir_tests::dev_chain::DevChain;
@@ -39,6 +39,23 @@ fn kept(node: &Node, id: &str) -> Option<sessions::SessionRow> {
 
 async fn paid(payer: &Payer, account: Account) -> u128 {
     payer.desk.chain.balances(&cx(), account).await.expect("balances").credit.0
+}
+
+/// The session, once the contract has settled it.
+async fn settled(payer: &Payer, id: &str, limit: Duration) -> Session {
+    eventually("the session is settled", limit, async || {
+        let session = payer.desk.chain.session(&cx(), id.to_owned(), Sure::Latest).await.ok()?;
+        (session.state == SessionState::Settled).then_some(session)
+    })
+    .await
+}
+
+/// A node that is paid, and a client in conversation with it.
+async fn paid_node(chain: &DevChain, market: &str) -> (Provider, Payer, Talk) {
+    let provider = market::node(chain, NODE, market, ECHO).await;
+    let payer = Payer::start(chain, CLIENT).await;
+    let talk = payer.talk(&provider.address).await;
+    (provider, payer, talk)
 }
 
 /// Tokens that a prompt of so many of [`words`] counts as until the answer's end.
@@ -74,9 +91,7 @@ async fn pay_as_it_comes(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paid_session_is_two_transactions_and_every_wei_is_accounted_for() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (provider, payer, mut talk) = paid_node(&chain, "").await;
     let before =
         (payer.desk.chain.heads(&cx()).await.expect("heads").latest.number, paid(&payer, market::PAYOUT.address.into()).await);
 
@@ -90,11 +105,7 @@ async fn a_paid_session_is_two_transactions_and_every_wei_is_accounted_for() {
     let id = talk.id();
     talk.say(&Ask::Settle { id, paid_by: first.session.clone() }).await;
     talk.about(id).await;
-    let session = eventually("the session is settled", LIMIT, async || {
-        let session = payer.desk.chain.session(&cx(), first.session.clone(), Sure::Latest).await.expect("a session");
-        (session.state == SessionState::Settled).then_some(session)
-    })
-    .await;
+    let session = settled(&payer, &first.session, LIMIT).await;
     assert_eq!(session.paid, last.amount);
     assert_eq!(paid(&payer, market::PAYOUT.address.into()).await - before.1, last.amount.0, "the payout account has it");
     assert_eq!(paid(&payer, payer.desk.account.clone()).await, DEPOSIT - last.amount.0, "and the client the rest");
@@ -158,9 +169,7 @@ async fn vouchers_that_promise_nothing_are_not_taken() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_delivered_for_a_deposit_that_is_not_there() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "sure_above_wei = 10_000_000_000_000_000\n", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (_provider, payer, mut talk) = paid_node(&chain, "sure_above_wei = 10_000_000_000_000_000\n").await;
 
     // Without a session there is a price, and no answer.
     let (id, mut heard) = talk.ask("echo", "free", None).await;
@@ -203,9 +212,7 @@ async fn nothing_is_delivered_for_a_deposit_that_is_not_there() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_that_cannot_be_asked_is_no_reason_to_believe_a_client() {
     let mut chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (_provider, payer, mut talk) = paid_node(&chain, "").await;
     let offered = payer.offer(&mut talk, "echo").await.expect("an offer");
     payer.deposit(&offered, DEPOSIT).await;
     let first = payer.first(&talk, &offered).await;
@@ -222,15 +229,21 @@ async fn a_chain_that_cannot_be_asked_is_no_reason_to_believe_a_client() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_does_not_pay_gets_the_credit_and_one_prompt() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "credit_tokens = 64\nvoucher_timeout_s = 1\n", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (provider, payer, mut talk) = paid_node(&chain, "credit_tokens = 64\nvoucher_timeout_s = 1\n").await;
     let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
     let (id, mut heard) = talk.ask("echo", &words(500), Some(&first.session)).await;
     while talk.read(id, &mut heard, LIMIT).await {}
     let refused = heard.end.expect("ends").expect_err("is cut off");
     assert_eq!(refused.code, Code::DeadlineExceeded, "{refused}");
     assert!(heard.output_tokens <= 64, "{} tokens", heard.output_tokens);
+    // What it took along is what the operator is told.
+    let exposed = eventually("earnings tell what is exposed", LIMIT, async || {
+        let told = provider.node.place.ran(&["earnings", "--json"]).json()["sessions"]["exposed"].clone();
+        (told["count"] == 1).then_some(told)
+    })
+    .await;
+    let taken = offered.prices().of(prompt_tokens(500), heard.output_tokens);
+    assert_eq!(exposed["amount"], taken.to_string(), "{exposed}");
     // And a second request does not begin.
     let (id, mut heard) = talk.ask("echo", "more", Some(&first.session)).await;
     while talk.read(id, &mut heard, LIMIT).await {}
@@ -247,36 +260,24 @@ async fn a_client_that_does_not_pay_gets_the_credit_and_one_prompt() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_is_gone_is_settled_after_a_while_with_its_last_voucher() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "idle_settle_s = 1\n", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (_provider, payer, mut talk) = paid_node(&chain, "idle_settle_s = 1\n").await;
     let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
     let last = voucher(&first, &offered, 300, 200);
     assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
     drop(talk);
-    let session = eventually("the session is settled", LIMIT, async || {
-        let session = payer.desk.chain.session(&cx(), first.session.clone(), Sure::Latest).await.expect("a session");
-        (session.state == SessionState::Settled).then_some(session)
-    })
-    .await;
+    let session = settled(&payer, &first.session, LIMIT).await;
     assert_eq!(session.paid, last.amount);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_closes_early_still_pays_its_last_voucher() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "settle_window_s = 10\n", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (_provider, payer, mut talk) = paid_node(&chain, "settle_window_s = 10\n").await;
     let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
     let last = voucher(&first, &offered, 300, 200);
     assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
     payer.desk.follow("close".into(), Act::CloseSession { session: first.session.clone() }, LIMIT).await.expect("closes");
-    let session = eventually("the session is settled", LIMIT, async || {
-        let session = payer.desk.chain.session(&cx(), first.session.clone(), Sure::Latest).await.expect("a session");
-        (session.state == SessionState::Settled).then_some(session)
-    })
-    .await;
+    let session = settled(&payer, &first.session, LIMIT).await;
     assert_eq!(session.paid, last.amount);
 }
 
@@ -351,11 +352,7 @@ async fn settle_and_see(payer: &Payer, talk: &mut Talk, last: &Voucher) {
     let id = talk.id();
     talk.say(&Ask::Settle { id, paid_by: last.session.clone() }).await;
     talk.about(id).await;
-    let session = eventually("the session is settled", 2 * LIMIT, async || {
-        let session = payer.desk.chain.session(&cx(), last.session.clone(), Sure::Latest).await.ok()?;
-        (session.state == SessionState::Settled).then_some(session)
-    })
-    .await;
+    let session = settled(payer, &last.session, 2 * LIMIT).await;
     assert_eq!(session.paid, last.amount);
 }
 
@@ -447,11 +444,7 @@ async fn blocks_that_are_taken_back_change_nothing_about_what_is_paid() {
         // And the settlement itself: it comes again.
         chain.mine(depth - 1).await;
         chain.ask("anvil_reorg", serde_json::json!([depth, []])).await.expect("blocks are taken back");
-        eventually("the settlement is there again", 2 * LIMIT, async || {
-            let session = payer.desk.chain.session(&cx(), first.session.clone(), Sure::Latest).await.ok()?;
-            (session.state == SessionState::Settled && session.paid == last.amount).then_some(())
-        })
-        .await;
+        assert_eq!(settled(&payer, &first.session, 2 * LIMIT).await.paid, last.amount, "the settlement is there again");
         println!("depth {depth}: both were taken back, and both came again");
     }
     assert_eq!(paid(&payer, market::PAYOUT.address.into()).await - before, owed);
@@ -460,9 +453,7 @@ async fn blocks_that_are_taken_back_change_nothing_about_what_is_paid() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_settlement_that_the_pool_forgets_or_that_is_too_cheap_is_sent_again() {
     let chain = DevChain::start().expect("a chain");
-    let provider = market::node(&chain, NODE, "", ECHO).await;
-    let payer = Payer::start(&chain, CLIENT).await;
-    let mut talk = payer.talk(&provider.address).await;
+    let (_provider, payer, mut talk) = paid_node(&chain, "").await;
     let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
     let last = voucher(&first, &offered, 300, 900);
     assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);

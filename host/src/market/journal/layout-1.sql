@@ -17,6 +17,8 @@ CREATE TABLE sessions (
     -- The best voucher, as JSON, and the client's signature.
     voucher    TEXT NOT NULL,
     signature  BLOB NOT NULL,
+    -- What was delivered a moment ago and no voucher promised.
+    exposed    TEXT NOT NULL DEFAULT '0',
     -- What the contract has paid out, once the session is settled.
     paid       TEXT,
     why        TEXT,

@@ -18,6 +18,8 @@ pub struct SessionRow {
     /// The best voucher.
     pub voucher: Voucher,
     pub signature: Signature,
+    /// What was delivered a moment ago and no voucher promised.
+    pub exposed: Amount,
     /// What the contract has paid out, once it is settled.
     pub paid: Option<Amount>,
     pub why: Option<String>,
@@ -92,6 +94,14 @@ pub fn pay(transaction: &Transaction<'_>, voucher: &Voucher, signature: &[u8]) -
     }
 }
 
+/// Notes what these sessions owe beyond their vouchers.
+pub fn expose(transaction: &Transaction<'_>, exposed: &[(SessionId, Amount)]) -> Result<(), JournalError> {
+    for (id, exposed) in exposed {
+        transaction.execute("UPDATE sessions SET exposed = ?2 WHERE id = ?1", params![id, exposed.to_string()])?;
+    }
+    Ok(())
+}
+
 /// A session's next state.
 pub fn turn(
     transaction: &Transaction<'_>,
@@ -120,7 +130,8 @@ pub fn list(connection: &rusqlite::Connection, states: &[SessionState]) -> Resul
     rows.into_iter().map(Columns::read).collect()
 }
 
-const SELECT: &str = "SELECT terms, peer, deposit, state, voucher, signature, paid, why, opened_ms, changed_ms FROM sessions";
+const SELECT: &str =
+    "SELECT terms, peer, deposit, state, voucher, signature, exposed, paid, why, opened_ms, changed_ms FROM sessions";
 
 /// A row as SQLite has it.
 struct Columns {
@@ -130,6 +141,7 @@ struct Columns {
     state: String,
     voucher: String,
     signature: Vec<u8>,
+    exposed: String,
     paid: Option<String>,
     why: Option<String>,
     opened_ms: i64,
@@ -144,10 +156,11 @@ fn columns(row: &Row<'_>) -> rusqlite::Result<Columns> {
         state: row.get(3)?,
         voucher: row.get(4)?,
         signature: row.get(5)?,
-        paid: row.get(6)?,
-        why: row.get(7)?,
-        opened_ms: row.get(8)?,
-        changed_ms: row.get(9)?,
+        exposed: row.get(6)?,
+        paid: row.get(7)?,
+        why: row.get(8)?,
+        opened_ms: row.get(9)?,
+        changed_ms: row.get(10)?,
     })
 }
 
@@ -160,6 +173,7 @@ impl Columns {
             state: SessionState::read(&self.state)?,
             voucher: value(&self.voucher)?,
             signature: self.signature,
+            exposed: amount(&self.exposed)?,
             paid: self.paid.as_deref().map(amount).transpose()?,
             why: self.why,
             opened_ms: self.opened_ms as u64,
@@ -209,6 +223,7 @@ mod tests {
             state: SessionState::Open,
             voucher: voucher(0),
             signature: vec![],
+            exposed: Amount(0),
             paid: None,
             why: None,
             opened_ms: 0,

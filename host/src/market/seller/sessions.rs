@@ -163,6 +163,7 @@ impl Seller {
             state: SessionState::Open,
             voucher: voucher.clone(),
             signature: signature.clone(),
+            exposed: Amount(0),
             paid: None,
             why: None,
             opened_ms: 0,

@@ -25,6 +25,8 @@ const ASK: Duration = Duration::from_secs(15);
 /// How long the chain may take to answer, and how long a look waits for a transaction: the next one goes on with it.
 const QUESTION: Duration = Duration::from_secs(10);
 const WITHIN: Duration = Duration::from_secs(60);
+/// How often the journal is told what is delivered and not promised.
+const TELL: Duration = Duration::from_secs(2);
 /// The pause before a session is looked at again that could not be settled.
 const LATER: Duration = Duration::from_secs(30);
 /// Sessions that are settled at the same time.
@@ -87,6 +89,8 @@ impl Seller {
         let mut asked: HashMap<SessionId, Instant> = HashMap::new();
         let mut busy: HashSet<SessionId> = HashSet::new();
         let mut steps = FuturesUnordered::new();
+        let mut exposed: HashMap<SessionId, Amount> = HashMap::new();
+        let mut tell = tokio::time::interval(TELL);
         loop {
             match self.due(&mut asked, &busy).await {
                 Ok(due) => {
@@ -117,8 +121,23 @@ impl Seller {
                 }
                 // Whoever wakes it is looked for at once.
                 () = self.settling.woken.notified() => {}
+                _ = tell.tick() => self.tell(&mut exposed).await,
                 () = tokio::time::sleep(LOOK) => {}
             }
+        }
+    }
+
+    /// Has the journal say how much is delivered and not promised, for those who read it while the node runs.
+    async fn tell(&self, told: &mut HashMap<SessionId, Amount>) {
+        let now: HashMap<SessionId, Amount> = self.tabs.all().iter().map(|tab| (tab.id.clone(), tab.exposure())).collect();
+        let changed = |(id, exposed): &(&SessionId, &Amount)| told.get(*id).copied().unwrap_or_default() != **exposed;
+        let news: Vec<(SessionId, Amount)> = now.iter().filter(changed).map(|(id, exposed)| (id.clone(), *exposed)).collect();
+        *told = now;
+        if news.is_empty() {
+            return;
+        }
+        if let Err(error) = self.journal.write(move |transaction| sessions::expose(transaction, &news)).await {
+            tracing::debug!(%error, "What is delivered and not promised is not noted.");
         }
     }
 

@@ -424,6 +424,7 @@ mod tests {
             state: SessionState::Open,
             voucher: voucher(0, 0, 0),
             signature: vec![],
+            exposed: Amount(0),
             paid: None,
             why: None,
             opened_ms: 0,
