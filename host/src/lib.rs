@@ -5,6 +5,7 @@
 //! [`market`] is the money.
 
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod consumer;
 pub mod gateway;

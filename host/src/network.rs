@@ -12,7 +12,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use fabstir_plugin_api::abi::Blob;
 use fabstir_plugin_api::context::Cx;
@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::now_ms;
 use crate::config;
 use crate::identity::NodeKey;
 use crate::market::Seller;
@@ -297,9 +298,4 @@ async fn gone(mut routes: watch::Receiver<Arc<Routes>>, generation: u64) {
     let is_gone = |routes: &Arc<Routes>| !routes.transport.iter().any(|route| route.generation == generation);
     // The sender's end is the node's.
     let _ = routes.wait_for(is_gone).await;
-}
-
-/// Unix time in milliseconds.
-pub fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

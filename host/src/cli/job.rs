@@ -11,9 +11,9 @@ use serde_json::json;
 use super::account::{Shared, at_desk, cx, done, history, of_plugin};
 use super::network::on_threads;
 use super::{Failure, print};
+use crate::clock::now_ms;
 use crate::market::history::{Division, History, division_in, job_of};
 use crate::market::{Desk, coins};
-use crate::network::now_ms;
 
 mod post;
 mod result;

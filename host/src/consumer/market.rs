@@ -18,9 +18,10 @@ use tokio::sync::watch;
 use super::link::Link;
 use super::remote::{Remote, is_free};
 use super::till::Till;
+use crate::clock::now_ms;
 use crate::market::Buyer;
 use crate::network::capability::{self, Offer, Record, Sealed};
-use crate::network::{now_ms, topics};
+use crate::network::topics;
 use crate::routes::{InFlight, InferenceRoute, PEER, Routes, ServedModel, Starting};
 
 /// Nodes that are asked at the same time what they offer.

@@ -24,9 +24,9 @@ use serde::Serialize;
 
 use super::journal::purchases::{self, Bought, PurchaseState};
 use super::{Desk, DeskError, Journal, JournalError, Limits, Prices, coins, transcript};
+use crate::clock::now_ms;
 use crate::config::Config;
 use crate::identity::Account;
-use crate::network::now_ms;
 use crate::supervisor::{Alone, AloneError};
 
 mod budget;
@@ -45,6 +45,8 @@ use offered::{Expected, is};
 
 /// How long the chain may take to answer.
 const CALL: Duration = Duration::from_secs(30);
+/// Tokens of an answer that a node may want to be owed: a deposit is so many times as much.
+const MOST_CREDIT: u64 = 16_384;
 /// How long a deposit may take to be in a block.
 const OPENING: Duration = Duration::from_secs(120);
 /// A session of before is gone on with only where it lasts so much longer.
@@ -135,6 +137,13 @@ impl Buyer {
         let model = chain.model_id(&cx(), digest.to_owned()).await?;
         let payload = chain.offer_payload(&cx(), offered.terms.clone()).await?;
         let signer = chain.signer(&cx(), payload, offered.signature.clone()).await?;
+        // Deposits are made in multiples of it.
+        let most = prices.of(0, MOST_CREDIT);
+        if offered.credit > most {
+            let coin = &self.desk.network.coin;
+            let (credit, most) = (coins(offered.credit, coin), coins(most, coin));
+            return Err(PluginError::unavailable(format!("the node wants to be {credit} ahead, and {most} are taken")));
+        }
         let expected = Expected { client: self.desk.account.clone(), model, prices, now_s: now_ms() / 1000 };
         expected.check(&offered.terms, &signer)
     }

@@ -17,9 +17,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{Desk, DeskError, Journal, JournalError, Limits, Prices};
+use crate::clock::now_ms;
 use crate::config::{self, Config};
 use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
-use crate::network::now_ms;
 use crate::routes::{Route, Routes};
 use crate::scheduler::Scheduler;
 

@@ -14,13 +14,13 @@ use super::super::{Failure, print};
 use super::result::{fetched, shown};
 use super::status::moment;
 use super::{now_s, read, status};
+use crate::clock::now_ms;
 use crate::config::Config;
 use crate::consumer::{Wanted, one_model};
 use crate::market::history::{History, job_of};
 use crate::market::journal::posted::Posted;
 use crate::market::posting::JobInput;
 use crate::market::{Desk, DeskError, Journal, NATIVE, Prices, coins};
-use crate::network::now_ms;
 
 /// How long nodes are looked for that offer the model.
 const LOOK: Duration = Duration::from_secs(5);

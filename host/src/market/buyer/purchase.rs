@@ -15,9 +15,9 @@ use tokio::time::Instant;
 
 use super::Buyer;
 use super::tally::{Proposal, Tally};
+use crate::clock::now_ms;
 use crate::market::journal::purchases::{self, Bought, PurchaseState};
 use crate::market::{Prices, coins, transcript};
-use crate::network::now_ms;
 
 /// How long a session may be unused before it is given back.
 const IDLE: Duration = Duration::from_secs(300);

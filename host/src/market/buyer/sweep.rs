@@ -6,9 +6,9 @@ use fabstir_plugin_api::chain::{Act, Amount, ProgressState, Session, SessionId, 
 use fabstir_plugin_api::error::{Code, PluginError};
 
 use super::{Buyer, cx, opening, order};
+use crate::clock::now_ms;
 use crate::market::DeskError;
 use crate::market::journal::purchases::{self, Bought, PurchaseState};
-use crate::network::now_ms;
 
 /// How long one transaction is waited for; the next sweep goes on with it.
 const WITHIN: Duration = Duration::from_secs(60);
@@ -98,7 +98,11 @@ impl Buyer {
             let promised = bought.state == PurchaseState::Closing;
             match fate(&session, now_s) {
                 Fate::Over { to_host, to_client } => return Ok(self.over(id, to_host, to_client).await),
-                Fate::Finalize => self.finalize(id).await?,
+                Fate::Finalize => {
+                    self.finalize(id).await?;
+                    // An endpoint may be a little behind.
+                    tokio::time::sleep(LOOK).await;
+                }
                 Fate::Closing => return Ok(self.note(id, PurchaseState::Closing, None).await),
                 Fate::Active
                     if promised && sweep == Sweep::End && Instant::now() < until && self.is_worth_it(&bought).await? =>

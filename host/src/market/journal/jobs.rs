@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 
 use super::{Journal, JournalError, text, value};
-use crate::network::now_ms;
+use crate::clock::now_ms;
 
 /// Where a job is, for this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]

@@ -6,7 +6,7 @@ use rusqlite::{OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
 use super::{JournalError, text, value};
-use crate::network::now_ms;
+use crate::clock::now_ms;
 
 /// A session as the node has it.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -27,10 +27,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::{AGAIN, Seller};
+use crate::clock::now_ms;
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{self, JobRow, Meant, State, Step};
 use crate::market::{Desk, DeskError};
-use crate::network::now_ms;
 
 mod carrying;
 mod due;

@@ -20,9 +20,9 @@ use parking_lot::Mutex;
 
 use super::tab::{AnswerName, Judged, Tab};
 use super::{Desk, DeskError, Seller};
+use crate::clock::now_ms;
 use crate::market::journal::sessions::{self, SessionRow, SessionState};
 use crate::market::{NATIVE, transcript};
-use crate::network::now_ms;
 
 /// How long the chain may take to answer a question that a client waits for.
 const QUESTION: Duration = Duration::from_secs(10);

@@ -16,8 +16,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::{Desk, DeskError, Seller};
+use crate::clock::now_ms;
 use crate::market::journal::sessions::{self, SessionRow, SessionState};
-use crate::network::now_ms;
 
 /// How often it is looked what is to be settled, and how often the chain is asked about each session.
 const LOOK: Duration = Duration::from_secs(1);

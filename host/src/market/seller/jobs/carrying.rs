@@ -18,11 +18,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::verdict::{Cause, OnChain, paid_output};
 use super::{AGAIN, Shared};
+use crate::clock::now_ms;
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{JobRow, State, Step};
 use crate::market::posting::{JobInput, JobOutput, ResultRef};
 use crate::market::{Desk, DeskError};
-use crate::network::now_ms;
 use crate::scheduler::{Refused, estimated_tokens};
 
 /// What is left of a job's time for handing its result in. Seconds.
