@@ -176,7 +176,9 @@ async fn jobs_that_are_not_worth_taking_are_left_and_why_tells_the_cause_of_each
         ("input", Job { is_honest: false, ..good.clone() }),
         ("too_long", Job { max_in: 1, ..good.clone() }),
         ("time", Job { deliver_secs: 20, ..good.clone() }),
-        ("fee", Job { max_amount: 1_000_000, ..good.clone() }),
+        ("amount", Job { max_amount: 1_000_000, ..good.clone() }),
+        // More than a claim costs, and less than claim and result do.
+        ("fee", Job { max_amount: 200_000_000_000_000, ..good.clone() }),
     ];
     clients.name_verifier(OWNER).await;
     let mut posted = vec![("proof", clients.post(CLIENT, &Job { proof_kind: 1, ..good.clone() }).await)];
@@ -194,7 +196,7 @@ async fn jobs_that_are_not_worth_taking_are_left_and_why_tells_the_cause_of_each
     }
     let why = place.ran(&["why", "--json"]).json();
     let causes = why["causes"].as_array().expect("a list");
-    for cause in ["price", "bond", "model", "input", "too_long", "time", "fee", "proof"] {
+    for cause in ["price", "bond", "model", "input", "too_long", "time", "amount", "fee", "proof"] {
         let told = causes.iter().find(|told| told["cause"] == cause).unwrap_or_else(|| panic!("no {cause}: {why:#}"));
         assert_eq!(told["not_won"].as_u64().unwrap_or(0) + told["waiting"].as_u64().unwrap_or(0), 1, "{told:#}");
         assert!(told["advice"].as_str().is_some_and(|advice| advice.len() > 20));
