@@ -188,7 +188,8 @@ impl Clients {
 
     /// The receipt of a transaction, once it is in a block. One account's are in their order.
     async fn mined(&self, transaction: &str) -> Value {
-        eventually("a transaction is in a block", LIMIT, async || {
+        // Behind as many others as the test has sent.
+        eventually("a transaction is in a block", 4 * LIMIT, async || {
             let receipt = self.rpc("eth_getTransactionReceipt", json!([transaction])).await;
             (!receipt.is_null()).then_some(receipt)
         })
