@@ -72,4 +72,4 @@ build-packages:
 	$(call install,cc --version && c++ --version && cmake --version && ls /usr/lib/llvm-*/lib/libclang.so*,build-essential cmake libclang-dev pkg-config)
 
 test-packages:
-	$(call install,python3 -m venv -h && python3 -c 'import ensurepip' && node --version && npm --version && openssl version && ip -V && sysctl -V,python3-venv nodejs npm openssl iproute2 procps)
+	$(call install,python3 -m venv -h && python3 -c 'import ensurepip' && node --version && npm --version && openssl version && ip -V && sysctl -V && mount --version,python3-venv nodejs npm openssl iproute2 procps mount)

@@ -187,59 +187,62 @@ fn amount(text: &str) -> Result<Amount, JournalError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::market::Journal;
 
-    #[tokio::test]
-    async fn a_voucher_never_takes_the_place_of_a_better_one() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let journal = Journal::open(folder.path()).expect("opens");
+    /// A session in which a token read or generated costs one wei, and nothing is promised yet.
+    pub(crate) fn row() -> SessionRow {
         let text = |digit: &str, count: usize| format!("0x{}", digit.repeat(count));
-        let voucher = |amount| Voucher {
-            session: text("5", 64),
-            host: text("1", 40),
-            amount: Amount(amount),
-            input_tokens: 0,
-            output_tokens: 0,
-            transcript: text("0", 64),
-        };
-        let terms = Terms {
-            host: text("1", 40),
-            client: text("2", 40),
-            model: text("6", 64),
-            coin: text("0", 40),
-            price_input_per_mtok: Amount(1),
-            price_output_per_mtok: Amount(1),
-            expires_s: 1,
-            settle_window_s: 1,
-            valid_until_s: 1,
-            nonce: text("7", 64),
-        };
-        let row = SessionRow {
-            terms,
+        SessionRow {
+            terms: Terms {
+                host: text("1", 40),
+                client: text("2", 40),
+                model: text("6", 64),
+                coin: text("0", 40),
+                price_input_per_mtok: Amount(1_000_000),
+                price_output_per_mtok: Amount(1_000_000),
+                expires_s: u64::MAX,
+                settle_window_s: 60,
+                valid_until_s: u64::MAX,
+                nonce: text("7", 64),
+            },
             peer: PeerId("peer".into()),
             deposit: Amount(9),
             state: SessionState::Open,
-            voucher: voucher(0),
+            voucher: Voucher {
+                session: text("5", 64),
+                host: text("1", 40),
+                amount: Amount(0),
+                input_tokens: 0,
+                output_tokens: 0,
+                transcript: text("0", 64),
+            },
             signature: vec![],
             exposed: Amount(0),
             paid: None,
             why: None,
             opened_ms: 0,
             changed_ms: 0,
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn a_voucher_never_takes_the_place_of_a_better_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let journal = Journal::open(folder.path()).expect("opens");
+        let voucher = |amount| Voucher { amount: Amount(amount), ..row().voucher };
+        let id = || row().voucher.session;
+        let row = row();
         journal.write(move |transaction| fund(transaction, &row)).await.expect("is kept");
         for (amount, taken) in [(5, true), (3, false), (5, true), (8, true), (7, false)] {
             let better = voucher(amount);
             let kept = journal.write(move |transaction| pay(transaction, &better, &[1])).await.expect("writes");
             assert_eq!(kept, taken, "{amount}");
         }
-        let id = text("5", 64);
-        let row = journal.write(move |transaction| get(transaction, &id)).await.expect("reads").expect("is there");
+        let row = journal.write(move |transaction| get(transaction, &id())).await.expect("reads").expect("is there");
         assert_eq!(row.voucher, voucher(8));
-        let id = text("5", 64);
-        let settling = journal.write(move |transaction| turn(transaction, &id, SessionState::Settling, None, None)).await;
+        let settling = journal.write(move |transaction| turn(transaction, &id(), SessionState::Settling, None, None)).await;
         settling.expect("turns");
         let late = voucher(9);
         journal.write(move |transaction| pay(transaction, &late, &[1])).await.expect_err("is being handed in already");

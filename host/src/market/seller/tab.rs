@@ -384,7 +384,7 @@ impl Drop for Meter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::market::journal::sessions::SessionState;
+    use crate::market::journal::sessions::tests::row;
 
     const CREDIT: u64 = 100;
 
@@ -393,44 +393,12 @@ mod tests {
     }
 
     fn voucher(amount: u128, input_tokens: u64, output_tokens: u64) -> Voucher {
-        Voucher {
-            session: hash("5"),
-            host: format!("0x{}", "1".repeat(40)),
-            amount: Amount(amount),
-            input_tokens,
-            output_tokens,
-            transcript: hash("0"),
-        }
+        Voucher { amount: Amount(amount), input_tokens, output_tokens, ..row().voucher }
     }
 
     /// A tab on which a token read or generated costs one wei, and so many may be ahead.
     fn tab(deposit: u128, patience: Duration) -> Arc<Tab> {
-        let terms = Terms {
-            host: format!("0x{}", "1".repeat(40)),
-            client: format!("0x{}", "2".repeat(40)),
-            model: hash("6"),
-            coin: format!("0x{}", "0".repeat(40)),
-            price_input_per_mtok: Amount(1_000_000),
-            price_output_per_mtok: Amount(1_000_000),
-            expires_s: u64::MAX,
-            settle_window_s: 60,
-            valid_until_s: u64::MAX,
-            nonce: hash("7"),
-        };
-        let row = SessionRow {
-            terms,
-            peer: PeerId("peer".into()),
-            deposit: Amount(deposit),
-            state: SessionState::Open,
-            voucher: voucher(0, 0, 0),
-            signature: vec![],
-            exposed: Amount(0),
-            paid: None,
-            why: None,
-            opened_ms: 0,
-            changed_ms: 0,
-        };
-        Tab::new(&row, Amount(CREDIT.into()), patience)
+        Tab::new(&SessionRow { deposit: Amount(deposit), ..row() }, Amount(CREDIT.into()), patience)
     }
 
     fn piece(tokens: u32) -> Text {
