@@ -385,7 +385,7 @@ pub struct PluginEntry {
     #[serde(default = "yes")]
     pub enabled: bool,
     /// Where it runs. `"process"`: in a process of its own, so that its crash ends nothing else. `"in-process"`: in the node.
-    /// Left out, inference runs in a process, the other kinds in the node.
+    /// Left out, inference and provers run in a process, the other kinds in the node.
     ///
     /// Example: `isolation = "in-process"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

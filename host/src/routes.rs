@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::inference::Inference;
+use fabstir_plugin_api::prover::Prover;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 use parking_lot::Mutex;
@@ -22,6 +23,8 @@ pub struct Routes {
     pub chain: Vec<Arc<Route<dyn Chain>>>,
     /// The places where results are kept, best rank first.
     pub storage: Vec<Arc<Route<dyn Storage>>>,
+    /// The plugins that prove work, best rank first.
+    pub prover: Vec<Arc<Route<dyn Prover>>>,
     /// The plugins that will, among them those that wait for their restart.
     pub starting: Vec<Starting>,
 }

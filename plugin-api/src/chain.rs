@@ -55,6 +55,26 @@ pub trait Chain: Send + Sync {
     /// `NotFound`.
     async fn job(&self, cx: &Cx, job: JobId, sure: Sure) -> Result<Job>;
 
+    /// The word under which a proof of a delivered job names it: chain, contract, job, client, host, model, input, output, trace and
+    /// counts in one. Below 2^248.
+    ///
+    /// # Errors
+    /// `NotFound`, also before the job is delivered.
+    async fn subject(&self, cx: &Cx, job: JobId, sure: Sure) -> Result<Hash32>;
+
+    /// The statement that the market's contracts have for a kind of proof and a program: what an accepted proof says.
+    ///
+    /// # Errors
+    /// `NotFound` when no contract checks such proofs.
+    async fn proof_statement(&self, cx: &Cx, kind: u8, program: Hash32) -> Result<String>;
+
+    /// Where the positions of a delivered job are drawn at which an output head is to be proven: the hash of the block after the one in
+    /// which the result was handed in.
+    ///
+    /// # Errors
+    /// `NotFound` for a job without a trace. `Unavailable` until that block is there.
+    async fn draw(&self, cx: &Cx, job: JobId) -> Result<Hash32>;
+
     /// A session as it stands: whether it is funded is decided by this and by nothing that a peer says.
     ///
     /// # Errors
@@ -286,6 +306,11 @@ pub enum MarketEvent {
         host: Account,
         result: JobResult,
     },
+    ProofAccepted {
+        job: JobId,
+        kind: u8,
+        program: Hash32,
+    },
     Challenged {
         job: JobId,
         by: Account,
@@ -427,6 +452,9 @@ pub struct JobTerms {
 pub struct JobResult {
     /// BLAKE3 of the result's bytes.
     pub output_commitment: Hash32,
+    /// The root of what is proven at positions that are drawn later, where the terms ask for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Hash32>,
     pub input_tokens: u64,
     pub output_tokens: u64,
     /// Where the result is.
@@ -575,7 +603,24 @@ pub enum Act {
         job: JobId,
         result: JobResult,
     },
+    /// Proves a delivered job. `public_inputs` begin with its `subject`.
+    SubmitProof {
+        job: JobId,
+        public_inputs: Vec<u8>,
+        proof: Vec<u8>,
+    },
     AcceptResult {
+        job: JobId,
+    },
+    /// Objects to a result, with the challenge bond of the terms; only where they name an arbiter.
+    Challenge {
+        job: JobId,
+        reason: u8,
+        evidence: Hash32,
+        bond: Amount,
+    },
+    /// Carries out the arbiter's ruling.
+    Resolve {
         job: JobId,
     },
     ExpireJob {

@@ -49,6 +49,14 @@ pub trait Inference: Send + Sync {
     #[optional]
     async fn embed(&self, cx: &Cx, request: Embed) -> Result<Embeddings>;
 
+    /// What the model made of a text before it chose: its last state, after the final norm and before the output head, at each of the last
+    /// positions. Reads the tokens anew, from an empty cache and alone, so that the same model gives the same states for them.
+    ///
+    /// # Errors
+    /// As `generate`.
+    #[optional]
+    async fn states(&self, cx: &Cx, request: States) -> Result<Vec<Vec<f32>>>;
+
     /// The tokens of a text, as the model would read it.
     #[optional]
     async fn tokenize(&self, cx: &Cx, request: Tokenize) -> Result<Vec<u32>>;
@@ -322,4 +330,14 @@ pub struct Tokenize {
 pub struct Template {
     pub model: String,
     pub messages: Vec<Message>,
+}
+
+/// Which states are asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct States {
+    pub model: String,
+    /// Prompt and answer together, as tokens of this model.
+    pub tokens: Vec<u32>,
+    /// How many positions from the end: the state of position `i` is what token `i + 1` was chosen by.
+    pub last: u32,
 }

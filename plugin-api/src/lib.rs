@@ -78,6 +78,7 @@ pub mod library;
 pub mod logging;
 pub mod manifest;
 pub mod plugin;
+pub mod prover;
 pub mod session;
 pub mod storage;
 pub mod stream;
@@ -96,6 +97,7 @@ pub mod prelude {
     pub use crate::error::{Code, PluginError, Result};
     pub use crate::inference::*;
     pub use crate::plugin::{Health, Lifecycle};
+    pub use crate::prover::*;
     pub use crate::storage::*;
     pub use crate::stream::{Sender, Stream};
     pub use crate::transport::*;

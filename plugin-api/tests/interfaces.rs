@@ -4,6 +4,7 @@ use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, breaking_changes};
 use fabstir_plugin_api::plugin::Plugin;
+use fabstir_plugin_api::prover::Prover;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 
@@ -38,6 +39,11 @@ fn the_chain_interface_only_grows() {
 #[test]
 fn the_inference_interface_only_grows() {
     compare::<dyn Inference>();
+}
+
+#[test]
+fn the_prover_interface_only_grows() {
+    compare::<dyn Prover>();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, is_compatible};
 use fabstir_plugin_api::manifest::{FORMAT, Manifest, PORT_VERSION, SECTION, SECTION_MACHO};
+use fabstir_plugin_api::prover::Prover;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 use object::{Object, ObjectSection};
@@ -17,10 +18,11 @@ use super::error::{LoadError, Step};
 const MAX_FILE: u64 = 4 << 30;
 
 /// The kinds that this node speaks, with the version of each.
-pub fn supported_interfaces() -> [(&'static str, &'static str); 4] {
+pub fn supported_interfaces() -> [(&'static str, &'static str); 5] {
     [
         (<dyn Chain as Interface>::KIND, <dyn Chain as Interface>::VERSION),
         (<dyn Inference as Interface>::KIND, <dyn Inference as Interface>::VERSION),
+        (<dyn Prover as Interface>::KIND, <dyn Prover as Interface>::VERSION),
         (<dyn Storage as Interface>::KIND, <dyn Storage as Interface>::VERSION),
         (<dyn Transport as Interface>::KIND, <dyn Transport as Interface>::VERSION),
     ]

@@ -186,8 +186,13 @@ mod tests {
             journal.execute(insert, params![id, state, voucher(promised), paid, terms]).expect("is written");
         }
         let result = |input_tokens| {
-            let result =
-                JobResult { output_commitment: String::new(), input_tokens, output_tokens: 3, result_ref: String::new() };
+            let result = JobResult {
+                output_commitment: String::new(),
+                trace: None,
+                input_tokens,
+                output_tokens: 3,
+                result_ref: String::new(),
+            };
             text(&result).expect("is written")
         };
         for (id, state, most, result, paid) in [

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fabstir_plugin_api::chain::Chain;
+use fabstir_plugin_api::prover::Prover;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 use parking_lot::Mutex;
@@ -32,6 +33,7 @@ struct Post {
     transport: Option<Arc<Route<dyn Transport>>>,
     chain: Option<Arc<Route<dyn Chain>>>,
     storage: Option<Arc<Route<dyn Storage>>>,
+    prover: Option<Arc<Route<dyn Prover>>>,
     connected: Option<Arc<Connected>>,
 }
 
@@ -71,6 +73,7 @@ impl Board {
             post.transport = running.transport.clone();
             post.chain = running.chain.clone();
             post.storage = running.storage.clone();
+            post.prover = running.prover.clone();
             post.connected = Some(running.connected.clone());
         });
     }
@@ -83,6 +86,7 @@ impl Board {
             post.transport = None;
             post.chain = None;
             post.storage = None;
+            post.prover = None;
             post.connected = None;
         });
     }
@@ -102,6 +106,7 @@ impl Board {
             transport: None,
             chain: None,
             storage: None,
+            prover: None,
             connected: None,
         });
         post.rank = entry.rank;
@@ -115,7 +120,8 @@ impl Board {
         let transport = ranked(posts, |post| post.transport.as_ref());
         let chain = ranked(posts, |post| post.chain.as_ref());
         let storage = ranked(posts, |post| post.storage.as_ref());
+        let prover = ranked(posts, |post| post.prover.as_ref());
         let starting = posts.values().filter_map(|post| Option::<Starting>::from(&post.status)).collect();
-        self.routes.send_replace(Arc::new(Routes { inference, transport, chain, storage, starting }));
+        self.routes.send_replace(Arc::new(Routes { inference, transport, chain, storage, prover, starting }));
     }
 }

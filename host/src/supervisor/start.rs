@@ -10,6 +10,7 @@ use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::Interface;
 use fabstir_plugin_api::manifest::Manifest;
 use fabstir_plugin_api::plugin::{Configure, Health};
+use fabstir_plugin_api::prover::Prover;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 
@@ -27,6 +28,7 @@ pub(super) struct Running {
     pub transport: Option<Arc<Route<dyn Transport>>>,
     pub chain: Option<Arc<Route<dyn Chain>>>,
     pub storage: Option<Arc<Route<dyn Storage>>>,
+    pub prover: Option<Arc<Route<dyn Prover>>>,
     /// Kept, so that a restart needs no second check of the file.
     pub artifact: Artifact,
     degraded: Option<String>,
@@ -135,8 +137,9 @@ impl Shared {
                 let transport = way::<dyn Transport>(entry, artifact, &connected, generation);
                 let chain = way::<dyn Chain>(entry, artifact, &connected, generation);
                 let storage = way::<dyn Storage>(entry, artifact, &connected, generation);
+                let prover = way::<dyn Prover>(entry, artifact, &connected, generation);
                 let artifact = artifact.clone();
-                Ok(Running { generation, connected, in_flight, route, transport, chain, storage, artifact, degraded })
+                Ok(Running { generation, connected, in_flight, route, transport, chain, storage, prover, artifact, degraded })
             }
             Err(error) => {
                 connected.end("the plugin did not start", Duration::from_secs(1)).await;
@@ -225,7 +228,8 @@ fn provides<K: Interface + ?Sized>(manifest: &Manifest) -> bool {
 
 /// Where a plugin runs: as the operator says, or else so that a fault in inference code does not take the node along.
 pub fn isolation(entry: &PluginEntry, manifest: &Manifest) -> Isolation {
-    entry.isolation.unwrap_or(if provides::<dyn Inference>(manifest) { Isolation::Process } else { Isolation::InProcess })
+    let is_apart = provides::<dyn Inference>(manifest) || provides::<dyn Prover>(manifest);
+    entry.isolation.unwrap_or(if is_apart { Isolation::Process } else { Isolation::InProcess })
 }
 
 /// Shows how far a model's load is, until dropped.

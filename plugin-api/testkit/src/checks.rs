@@ -11,6 +11,7 @@ use crate::report::Outcome;
 mod chain;
 mod inference;
 mod lifecycle;
+mod prover;
 mod storage;
 mod streams;
 mod transport;
@@ -363,6 +364,9 @@ async fn exercise(harness: &Harness, instance: &crate::harness::Instance) -> Res
     }
     if harness.provides("inference") {
         inference::exercise(instance).await?;
+    }
+    if harness.provides("prover") {
+        prover::exercise(instance).await?;
     }
     if harness.provides("storage") {
         storage::exercise(instance).await?;

@@ -153,7 +153,7 @@ async function main() {
     return (await read("escrow", "nextJobId")) - 1n;
   };
   const deliver = (label, job) =>
-    call(label, hot, "escrow", "submitResult", [job, keccak256("0x07"), 1000n, 2000n, "storage:0123456789abcdef0123456789abcdef"]);
+    call(label, hot, "escrow", "submitResult", [job, keccak256("0x07"), zeroHash, 1000n, 2000n, "storage:0123456789abcdef0123456789abcdef"]);
   const proof = { proofKind: 1, programId: program };
   const arbiter = { arbiter: contract.arbiter.address };
 

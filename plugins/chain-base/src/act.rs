@@ -82,12 +82,22 @@ pub fn call(settings: &Settings, account: Address, act: &Act) -> Result<Call> {
             let call = escrow::SubmitResultCall {
                 job_id: U256::from(*job),
                 output_commitment: hex::hash("output_commitment", &result.output_commitment)?,
+                trace: result.trace.as_ref().map_or(Ok([0; 32]), |trace| hex::hash("trace", trace))?,
                 in_tokens: result.input_tokens,
                 out_tokens: result.output_tokens,
                 result_ref: result.result_ref.clone(),
             };
             to_escrow(0, call.encode())
         }
+        Act::SubmitProof { job, public_inputs, proof } => {
+            let (public_inputs, proof) = (public_inputs.clone().into(), proof.clone().into());
+            to_escrow(0, escrow::SubmitProofCall { job_id: U256::from(*job), public_inputs, proof }.encode())
+        }
+        Act::Challenge { job, reason, evidence, bond } => {
+            let evidence_hash = hex::hash("evidence", evidence)?;
+            to_escrow(bond.0, escrow::ChallengeCall { job_id: U256::from(*job), reason: *reason, evidence_hash }.encode())
+        }
+        Act::Resolve { job } => to_escrow(0, escrow::ResolveCall { job_id: U256::from(*job) }.encode()),
         Act::AcceptResult { job } => to_escrow(0, escrow::AcceptResultCall { job_id: U256::from(*job) }.encode()),
         Act::ExpireJob { job } => to_escrow(0, escrow::ExpireCall { job_id: U256::from(*job) }.encode()),
         Act::Unknown => return Err(PluginError::unimplemented("act")),
@@ -100,6 +110,8 @@ pub fn gas(act: &Act, data: &[u8]) -> u64 {
     let work = match act {
         Act::Register { .. } | Act::PostJob { .. } => 700_000,
         Act::OpenSession { .. } | Act::SubmitResult { .. } => 500_000,
+        // What a verifier takes: the largest of those that the project ships is EZKL's reusable one.
+        Act::SubmitProof { .. } => 2_500_000,
         _ => 300_000,
     };
     // 16 for a byte of data and 8 for one in an event, and 40 where data is the larger part (EIP-7623).

@@ -6,6 +6,10 @@ pub mod escrow {
     ethers::contract::abigen!(ComputeEscrow, "contracts/artifacts/ComputeEscrow.json");
 }
 
+pub mod proofs {
+    ethers::contract::abigen!(ProofHub, "contracts/artifacts/ProofHub.json");
+}
+
 pub mod nodes {
     ethers::contract::abigen!(NodeRegistry, "contracts/artifacts/NodeRegistry.json");
 }

@@ -80,6 +80,18 @@ impl Chain for BaseChain {
         self.reading.job(job, sure).await
     }
 
+    async fn subject(&self, _: &Cx, job: JobId, sure: Sure) -> Result<Hash32> {
+        self.reading.subject(job, sure).await
+    }
+
+    async fn proof_statement(&self, _: &Cx, kind: u8, program: Hash32) -> Result<String> {
+        self.reading.proof_statement(kind, hex::hash("program", &program)?).await
+    }
+
+    async fn draw(&self, _: &Cx, job: JobId) -> Result<Hash32> {
+        self.reading.draw(job).await
+    }
+
     async fn session(&self, _: &Cx, session: SessionId, sure: Sure) -> Result<Session> {
         self.reading.session(hex::hash("session", &session)?, sure).await
     }

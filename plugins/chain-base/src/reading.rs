@@ -11,6 +11,7 @@ use fabstir_plugin_api::prelude::*;
 use crate::config::Settings;
 use crate::contracts::escrow::{self, ComputeEscrow};
 use crate::contracts::nodes::NodeRegistry;
+use crate::contracts::proofs::ProofHub;
 use crate::error::unread;
 use crate::hex::{account_text, amount, hash_text};
 
@@ -19,13 +20,15 @@ pub struct Reading<C> {
     provider: Arc<Provider<C>>,
     escrow: ComputeEscrow<Provider<C>>,
     nodes: NodeRegistry<Provider<C>>,
+    proofs: ProofHub<Provider<C>>,
 }
 
 impl<C: JsonRpcClient + 'static> Reading<C> {
     pub fn new(provider: Arc<Provider<C>>, settings: &Settings) -> Self {
         let escrow = ComputeEscrow::new(settings.escrow, provider.clone());
         let nodes = NodeRegistry::new(settings.nodes, provider.clone());
-        Self { provider, escrow, nodes }
+        let proofs = ProofHub::new(settings.proofs, provider.clone());
+        Self { provider, escrow, nodes, proofs }
     }
 
     pub async fn heads(&self) -> Result<Heads> {
@@ -67,6 +70,33 @@ impl<C: JsonRpcClient + 'static> Reading<C> {
             terms: terms(view),
             state,
         })
+    }
+
+    pub async fn subject(&self, job: JobId, sure: Sure) -> Result<Hash32> {
+        let state = self.job(job, sure).await?.state;
+        if matches!(state, JobState::Open | JobState::Claimed) {
+            return Err(PluginError::not_found(format!("job {job} is not delivered yet, so no proof can name it")));
+        }
+        let word = self.held(self.escrow.statement_of(job.into()), sure).await?;
+        word.map(hash_text).ok_or_else(|| PluginError::not_found(format!("no job {job} was posted")))
+    }
+
+    pub async fn proof_statement(&self, kind: u8, program: [u8; 32]) -> Result<String> {
+        let says = self.proofs.statement_of(kind, program).call().await.map_err(unread)?;
+        match says.is_empty() {
+            true => Err(PluginError::not_found(format!("no contract checks proofs of kind {kind} of {}", hash_text(program)))),
+            false => Ok(says),
+        }
+    }
+
+    pub async fn draw(&self, job: JobId) -> Result<Hash32> {
+        let view = self.held(self.escrow.jobs(job.into()), Sure::Latest).await?;
+        let Some(traced_at) = view.map(|view| view.traced_at).filter(|block| *block != 0) else {
+            return Err(PluginError::not_found(format!("job {job} has no trace to draw positions of")));
+        };
+        let block = self.provider.get_block(traced_at + 1).await.map_err(unread)?;
+        let hash = block.and_then(|block| block.hash);
+        hash.map(hash_text).ok_or_else(|| PluginError::unavailable(format!("block {} is not there yet", traced_at + 1)))
     }
 
     pub async fn session(&self, session: [u8; 32], sure: Sure) -> Result<Session> {

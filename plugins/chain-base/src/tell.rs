@@ -40,11 +40,15 @@ pub fn event(topics: Vec<H256>, data: Vec<u8>) -> Result<Option<MarketEvent>> {
             host: account_text(event.host),
             result: JobResult {
                 output_commitment: hash_text(event.output_commitment),
+                trace: (event.trace != [0; 32]).then(|| hash_text(event.trace)),
                 input_tokens: event.in_tokens,
                 output_tokens: event.out_tokens,
                 result_ref: event.result_ref,
             },
         },
+        ComputeEscrowEvents::ProofAcceptedFilter(event) => {
+            MarketEvent::ProofAccepted { job: job_id(event.job_id)?, kind: event.kind, program: hash_text(event.program_id) }
+        }
         ComputeEscrowEvents::ChallengedFilter(event) => {
             MarketEvent::Challenged { job: job_id(event.job_id)?, by: account_text(event.by) }
         }

@@ -12,10 +12,11 @@ use fabstir_plugin_api::frame::{Kind, Writer};
 use fabstir_plugin_api::inference::Inference;
 use fabstir_plugin_api::interface::{Interface, Method, is_compatible};
 use fabstir_plugin_api::plugin::Plugin;
+use fabstir_plugin_api::prover::Prover;
 use fabstir_plugin_api::storage::Storage;
 use fabstir_plugin_api::transport::Transport;
 
-use super::{chain, exercise, inference, storage, transport};
+use super::{chain, exercise, inference, prover, storage, transport};
 use crate::harness::{During, Harness, Instance, refused, told};
 use crate::process;
 use crate::report::Outcome;
@@ -25,7 +26,7 @@ fn known(kind: &str) -> Option<(&'static str, &'static [Method])> {
     fn of<K: Interface + ?Sized>() -> (&'static str, (&'static str, &'static [Method])) {
         (K::KIND, (K::VERSION, K::METHODS))
     }
-    let known = [of::<dyn Chain>(), of::<dyn Inference>(), of::<dyn Storage>(), of::<dyn Transport>()];
+    let known = [of::<dyn Chain>(), of::<dyn Inference>(), of::<dyn Prover>(), of::<dyn Storage>(), of::<dyn Transport>()];
     known.into_iter().find(|(name, _)| *name == kind).map(|(_, interface)| interface)
 }
 
@@ -120,6 +121,7 @@ pub async fn declared_methods_work(harness: &Harness) -> Result<Outcome> {
         match provided.kind.as_str() {
             "inference" => inference::optional_methods(&instance, &provided.methods).await?,
             "chain" => chain::exercise(&instance).await?,
+            "prover" => prover::exercise(&instance).await?,
             "storage" => storage::exercise(&instance).await?,
             "transport" => transport::exercise(harness, &instance).await?,
             kind => unchecked.push(kind),
@@ -254,6 +256,9 @@ pub async fn hundred_concurrent_calls(harness: &Harness) -> Result<Outcome> {
     if harness.provides("inference") {
         inference::hundred(&instance).await?;
     }
+    if harness.provides("prover") {
+        prover::hundred(&instance).await?;
+    }
     if harness.provides("storage") {
         storage::hundred(&instance).await?;
     }
@@ -347,6 +352,7 @@ fn takes_arguments(method: &str) -> bool {
     let interface = match kind {
         "chain" => <dyn Chain as Interface>::describe(),
         "inference" => <dyn Inference as Interface>::describe(),
+        "prover" => <dyn Prover as Interface>::describe(),
         "storage" => <dyn Storage as Interface>::describe(),
         "transport" => <dyn Transport as Interface>::describe(),
         _ => <dyn Plugin as Interface>::describe(),

@@ -86,6 +86,7 @@ abstract contract JobLane is Ledger {
     /// @param attempts Claims so far.
     /// @param host The node that holds, or last held, the claim.
     /// @param proven Whether a proof was accepted.
+    /// @param tracedAt The block in which a result with a trace was delivered; zero if there is none.
     /// @param verifier Copied from ProofHub when posted; zero if `proofKind` is 0.
     struct Job {
         address client;
@@ -103,6 +104,7 @@ abstract contract JobLane is Ledger {
         uint32 resolveSecs;
         address host;
         bool proven;
+        uint64 tracedAt;
         address verifier;
         uint128 maxAmount;
         uint128 hostBond;
@@ -117,6 +119,7 @@ abstract contract JobLane is Ledger {
         bytes32 programId;
         bytes32 inputCommitment;
         bytes32 outputCommitment;
+        bytes32 trace;
     }
 
     /// @notice The id that the next job gets; ids count from 1.
@@ -141,6 +144,7 @@ abstract contract JobLane is Ledger {
         uint256 indexed jobId,
         address indexed host,
         bytes32 outputCommitment,
+        bytes32 trace,
         uint64 inTokens,
         uint64 outTokens,
         string resultRef,
@@ -239,10 +243,13 @@ abstract contract JobLane is Ledger {
     /// @notice Delivers. Called by the host before its deadline. The counts fix the payment; they may not exceed the terms.
     /// Afterwards the job is Delivered: the host has `proveSecs` to prove if the terms ask for a proof, otherwise the client has
     /// `challengeSecs` to object.
+    /// @param trace The root over what a verifier may ask for at positions that nobody knows yet, one leaf for each token of the output;
+    /// zero if nothing of that kind is to be proven.
     /// @param resultRef Where the result is; at most 512 bytes.
     function submitResult(
         uint256 jobId,
         bytes32 outputCommitment,
+        bytes32 trace,
         uint64 inTokens,
         uint64 outTokens,
         string calldata resultRef
@@ -257,9 +264,13 @@ abstract contract JobLane is Ledger {
         j.state = JobState.Delivered;
         j.deadline = deadline;
         j.outputCommitment = outputCommitment;
+        if (trace != 0) {
+            j.trace = trace;
+            j.tracedAt = uint64(block.number);
+        }
         j.inTokens = inTokens;
         j.outTokens = outTokens;
-        emit ResultSubmitted(jobId, j.host, outputCommitment, inTokens, outTokens, resultRef, j.attempts, deadline);
+        emit ResultSubmitted(jobId, j.host, outputCommitment, trace, inTokens, outTokens, resultRef, j.attempts, deadline);
     }
 
     /// @notice Proves a delivered result with the verifier that the job copied when it was posted. Called by the host before its
@@ -349,7 +360,7 @@ abstract contract JobLane is Ledger {
         return _jobs[jobId];
     }
 
-    /// @notice What a proof of this job must state: chain, escrow, job, client, node, model, input, output and counts, in one word.
+    /// @notice What a proof of this job must state: chain, escrow, job, client, node, model, input, output, trace and counts, in one word.
     /// @dev Shifted right by 8 bits, so that it is an element of every 254-bit scalar field. Since it names the node, a proof seen in
     /// the pool is of no use to another one.
     function statementOf(uint256 jobId) public view returns (bytes32) {
@@ -364,6 +375,7 @@ abstract contract JobLane is Ledger {
                 j.modelId,
                 j.inputCommitment,
                 j.outputCommitment,
+                j.trace,
                 j.inTokens,
                 j.outTokens
             )

@@ -113,7 +113,7 @@ contract Handler is Base {
 
     function deliver(uint256 job, uint64 a, uint64 b) external step {
         (uint256 jobId, JobLane.Job memory j) = _job(job, JobLane.JobState.Claimed);
-        bool ok = _asHost(j.host, abi.encodeCall(escrow.submitResult, (jobId, bytes32(uint256(a)), a % 1001, b % 1001, "")));
+        bool ok = _asHost(j.host, abi.encodeCall(escrow.submitResult, (jobId, bytes32(uint256(a)), bytes32(0), a % 1001, b % 1001, "")));
         if (ok) did["submitResult"]++;
     }
 
@@ -333,7 +333,7 @@ contract Handler is Base {
             abi.encodeCall(escrow.cancelJob, (job)),
             abi.encodeCall(escrow.claimJob, (job)),
             abi.encodeCall(escrow.abandonJob, (job)),
-            abi.encodeCall(escrow.submitResult, (job, 0, 1, 1, "")),
+            abi.encodeCall(escrow.submitResult, (job, 0, 0, 1, 1, "")),
             abi.encodeCall(escrow.submitProof, (job, abi.encode(escrow.statementOf(job)), "good")),
             abi.encodeCall(escrow.acceptResult, (job)),
             abi.encodeCall(escrow.closeSession, (id)),

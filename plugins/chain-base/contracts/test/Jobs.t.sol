@@ -33,13 +33,31 @@ contract JobsTest is Base {
 
     function deliver(uint256 id, address key) internal {
         vm.prank(key);
-        escrow.submitResult(id, keccak256("output"), 100, 200, "result");
+        escrow.submitResult(id, keccak256("output"), 0, 100, 200, "result");
     }
 
     function prove(uint256 id) internal {
         bytes memory inputs = abi.encode(escrow.statementOf(id));
         vm.prank(hot);
         escrow.submitProof(id, inputs, "good");
+    }
+
+    function test_aTraceIsPartOfTheStatementAndKeepsItsBlock() public {
+        uint256 plain = post(proven());
+        claim(plain, hot);
+        deliver(plain, hot);
+        yes(escrow.jobs(plain).trace == 0 && escrow.jobs(plain).tracedAt == 0, "no trace");
+        uint256 traced = post(proven());
+        claim(traced, hot);
+        uint256 before = vm.snapshotState();
+        vm.prank(hot);
+        escrow.submitResult(traced, keccak256("output"), keccak256("trace"), 100, 200, "result");
+        yes(escrow.jobs(traced).trace == keccak256("trace") && escrow.jobs(traced).tracedAt == block.number, "trace and block");
+        bytes32 one = escrow.statementOf(traced);
+        vm.revertToState(before);
+        vm.prank(hot);
+        escrow.submitResult(traced, keccak256("output"), keccak256("another"), 100, 200, "result");
+        yes(one != escrow.statementOf(traced), "another statement");
     }
 
     function terms() internal view returns (JobLane.JobTerms memory) {
@@ -241,7 +259,7 @@ contract JobsTest is Base {
         vm.warp(block.timestamp + 301);
         vm.prank(hot);
         vm.expectPartialRevert(JobLane.DeadlinePassed.selector);
-        escrow.submitResult(id, 0, 1, 1, "");
+        escrow.submitResult(id, 0, 0, 1, 1, "");
         vm.prank(hot);
         vm.expectPartialRevert(JobLane.DeadlinePassed.selector);
         escrow.abandonJob(id);
@@ -269,21 +287,21 @@ contract JobsTest is Base {
         claim(id, hot);
         vm.prank(hot2);
         vm.expectRevert(abi.encodeWithSelector(JobLane.NotJobHost.selector, hot2, hot));
-        escrow.submitResult(id, 0, 1, 1, "");
+        escrow.submitResult(id, 0, 0, 1, 1, "");
         vm.prank(hot);
         vm.expectRevert(abi.encodeWithSelector(JobLane.TooManyTokens.selector, bytes32("inTokens"), 1001, 1000));
-        escrow.submitResult(id, 0, 1001, 1, "");
+        escrow.submitResult(id, 0, 0, 1001, 1, "");
         vm.prank(hot);
         vm.expectRevert(abi.encodeWithSelector(JobLane.TooManyTokens.selector, bytes32("outTokens"), 1001, 1000));
-        escrow.submitResult(id, 0, 1, 1001, "");
+        escrow.submitResult(id, 0, 0, 1, 1001, "");
         string memory long = string(new bytes(513));
         vm.prank(hot);
         vm.expectRevert(abi.encodeWithSelector(JobLane.RefTooLong.selector, 513, 512));
-        escrow.submitResult(id, 0, 1, 1, long);
+        escrow.submitResult(id, 0, 0, 1, 1, long);
         deliver(id, hot);
         vm.prank(hot);
         wrongState(id, JobLane.JobState.Delivered);
-        escrow.submitResult(id, 0, 1, 1, "");
+        escrow.submitResult(id, 0, 0, 1, 1, "");
     }
 
     function test_a_proof_must_state_this_job_and_pass() public {

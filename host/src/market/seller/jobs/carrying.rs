@@ -293,6 +293,7 @@ impl Carrier {
                         let usage = output.usage;
                         return Ok(Ok(JobResult {
                             output_commitment,
+                            trace: None,
                             input_tokens: usage.prompt_tokens.into(),
                             output_tokens: usage.completion_tokens.into(),
                             result_ref: ResultRef { peer, id }.to_string(),
