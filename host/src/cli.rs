@@ -22,6 +22,7 @@ mod log;
 mod market;
 mod network;
 mod plugin;
+mod proof;
 mod purchases;
 mod run;
 #[cfg(test)]
@@ -66,6 +67,9 @@ enum Command {
     Jobs(jobs::Jobs),
     Why(jobs::Why),
     Purchases(purchases::Purchases),
+    Prove(proof::Prove),
+    Verify(proof::Verify),
+    Proof(proof::ProofCommand),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -203,6 +207,9 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Jobs(jobs) => jobs.execute(json),
         Command::Why(why) => why.execute(json),
         Command::Purchases(purchases) => purchases.execute(json),
+        Command::Prove(prove) => prove.execute(json),
+        Command::Verify(verify) => verify.execute(json),
+        Command::Proof(proof) => proof.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

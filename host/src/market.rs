@@ -23,6 +23,7 @@ pub mod history;
 pub mod journal;
 pub mod posting;
 mod price;
+pub mod proving;
 pub mod seller;
 pub mod transcript;
 

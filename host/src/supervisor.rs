@@ -33,7 +33,7 @@ mod keeper;
 mod start;
 pub mod worker;
 
-pub use alone::{Alone, AloneError};
+pub use alone::{Alone, AloneError, entries};
 pub use connection::{Connected, host_session};
 pub use start::isolation;
 

@@ -475,6 +475,9 @@ pub struct Job {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until_s: Option<u64>,
     pub attempts: u8,
+    /// Whether a proof was accepted.
+    #[serde(default)]
+    pub proven: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

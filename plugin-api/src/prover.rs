@@ -168,6 +168,9 @@ pub struct About {
     /// The word under which the market knows the work: [`Chain::subject`](crate::chain::Chain::subject) of a posted job. As a number it is
     /// below 2^248, so that it is an element of every 254-bit field.
     pub subject: Hash32,
+    /// The number of the posted job, where it is one: some contracts look it up by that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<u64>,
     /// The digest of the model: 64 hexadecimal digits.
     pub model: String,
     /// BLAKE3 of the input's bytes.

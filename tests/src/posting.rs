@@ -293,9 +293,9 @@ impl Clients {
             state: number(2),
             attempts: number(3),
             host: format!("0x{}", &word(13)[24..]),
-            in_tokens: number(23),
-            out_tokens: number(24),
-            output: word(28),
+            in_tokens: number(24),
+            out_tokens: number(25),
+            output: word(29),
         }
     }
 
@@ -326,7 +326,7 @@ impl Clients {
 const POSTED_EVENT: &str = "JobPosted(uint256,address,bytes32,(bytes32,address,uint128,uint128,uint128,uint64,uint64,uint64,uint64,uint64,\
                             uint64,uint64,uint8,uint128,uint128,uint8,bytes32,address),bytes32,string,address)";
 pub const CLAIM_EVENT: &str = "JobClaimed(uint256,address,uint64,uint8)";
-pub const RESULT_EVENT: &str = "ResultSubmitted(uint256,address,bytes32,uint64,uint64,string,uint8,uint64)";
+pub const RESULT_EVENT: &str = "ResultSubmitted(uint256,address,bytes32,bytes32,uint64,uint64,string,uint8,uint64)";
 
 fn fee(receipt: &Value) -> u128 {
     number(&receipt["gasUsed"]) * number(&receipt["effectiveGasPrice"])

@@ -194,10 +194,10 @@ pub(super) fn done(progress: &Progress, coin: &str) -> String {
 impl From<AloneError> for Failure {
     fn from(error: AloneError) -> Self {
         match &error {
-            AloneError::None { .. } => Failure::new(
+            AloneError::None { kind } => Failure::new(
                 Failure::CONFIG,
-                "no_chain",
-                format!("{error}: add an entry with use = \"chain-base\" to plugins.toml, as its last lines show"),
+                &format!("no_{kind}"),
+                format!("{error}: add an entry for one to plugins.toml, as the comments of the shipped file show"),
             ),
             AloneError::Start { .. } => Failure::new(Failure::FAILED, "plugin", error),
         }

@@ -180,6 +180,7 @@ async fn take_back(desk: &Desk, id: JobId, within: Duration) -> Result<(Vec<Prog
             // Its client can do that at any time, whatever this machine's clock says.
             (JobState::Open, _) if same(&job.client, &desk.account) => ("cancel", Act::CancelJob { job: id }),
             (JobState::Open, false) => return Err(not_yours(desk, id, &job)),
+            (JobState::Delivered, true) if status::owes_proof(&job) => ("expire", Act::ExpireJob { job: id }),
             (JobState::Open | JobState::Claimed, true) => ("expire", Act::ExpireJob { job: id }),
             _ if !orders.is_empty() => return Ok((orders, job)),
             _ => return Err(cannot_cancel(id, &job, now)),

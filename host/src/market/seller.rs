@@ -16,7 +16,7 @@ use fabstir_plugin_api::transport::PeerId;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Desk, DeskError, Journal, JournalError, Limits, Prices};
+use super::{Desk, DeskError, Journal, JournalError, Limits, Prices, proving};
 use crate::clock::now_ms;
 use crate::config::{self, Config};
 use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
@@ -151,6 +151,24 @@ impl Seller {
             // What is in work may end after `stop`, and what it brings is settled meanwhile.
             () = jobs::run(self, &desk, stop) => {}
             () = self.settle(&desk) => {}
+            () = self.prepare_proofs(&desk) => {}
+        }
+    }
+
+    /// Makes what proofs need, whenever there are other plugins. Ends with the plugins.
+    async fn prepare_proofs(&self, desk: &Desk) {
+        let mut routes = self.routes.clone();
+        let mut known = Vec::new();
+        loop {
+            let now = routes.borrow_and_update().clone();
+            let provers: Vec<_> = now.prover.iter().map(|route| (route.plugin.clone(), route.generation)).collect();
+            if self.config.jobs > 0 && provers != known {
+                proving::prepare(&now, &desk.network).await;
+                known = provers;
+            }
+            if routes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
         }
     }
 

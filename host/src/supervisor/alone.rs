@@ -32,8 +32,18 @@ pub struct Alone<K: ?Sized> {
 impl<K: Interface + ?Sized> Alone<K> {
     /// Starts the plugin of this kind that the configuration names, enabled or not: among several an enabled one, then that of the best
     /// rank. `of` are its routes.
-    pub async fn start(mut config: Config, of: impl Fn(&Routes) -> &[Arc<Route<K>>]) -> Result<Self, AloneError> {
-        let entry = entry::<K>(&config).ok_or(AloneError::None { kind: K::KIND })?;
+    pub async fn start(config: Config, of: impl Fn(&Routes) -> &[Arc<Route<K>>]) -> Result<Self, AloneError> {
+        let best = entries::<K>(&config).into_iter().max_by_key(|entry| (entry.enabled, entry.rank));
+        let entry = best.ok_or(AloneError::None { kind: K::KIND })?;
+        Self::start_entry(config, entry, of).await
+    }
+
+    /// Starts this plugin, enabled or not.
+    pub async fn start_entry(
+        mut config: Config,
+        entry: PluginEntry,
+        of: impl Fn(&Routes) -> &[Arc<Route<K>>],
+    ) -> Result<Self, AloneError> {
         // Whoever runs a command is not made to wait.
         config.node.drain_timeout_ms = 1000;
         let id = entry.id.clone();
@@ -49,13 +59,14 @@ impl<K: Interface + ?Sized> Alone<K> {
     }
 }
 
-fn entry<K: Interface + ?Sized>(config: &Config) -> Option<PluginEntry> {
+/// The entries of the configuration whose plugins are of this kind, as far as their files can be found.
+pub fn entries<K: Interface + ?Sized>(config: &Config) -> Vec<PluginEntry> {
     let loader = Loader::new(config);
     let is_meant = |entry: &&PluginEntry| {
         let manifest = loader.find(&entry.use_).and_then(|file| inspect(&file));
         manifest.is_ok_and(|manifest| manifest.provides.iter().any(|provided| provided.kind == K::KIND))
     };
-    config.plugin.iter().filter(is_meant).max_by_key(|entry| (entry.enabled, entry.rank)).cloned()
+    config.plugin.iter().filter(is_meant).cloned().collect()
 }
 
 async fn ready<K: ?Sized>(

@@ -13,21 +13,10 @@ import { privateKeyToAccount } from "viem/accounts";
 import { compile } from "./build.mjs";
 
 const root = dirname(fileURLToPath(import.meta.url));
-const artifact = (name) => JSON.parse(readFileSync(join(root, "artifacts", `${name}.json`), "utf8"));
+export const artifact = (name) => JSON.parse(readFileSync(join(root, "artifacts", `${name}.json`), "utf8"));
 
-async function main() {
-  const { values: args } = parseArgs({
-    options: {
-      rpc: { type: "string" },
-      "key-file": { type: "string" },
-      owner: { type: "string" },
-      "min-stake": { type: "string", default: "10000000000000000" },
-      "exit-delay-secs": { type: "string", default: "604800" },
-      "test-token": { type: "boolean", default: false },
-    },
-  });
-  if (!args.rpc) throw new Error("--rpc URL is missing");
-
+/** Connects to `rpc`, and signs with the key of `key-file` or, on development chains, with the first unlocked account. */
+export async function connect(args) {
   const transport = http(args.rpc);
   const reader = createPublicClient({ transport });
   const chainId = await reader.getChainId();
@@ -48,7 +37,6 @@ async function main() {
   }
   const wallet = createWalletClient({ account, chain, transport });
   const deployer = account.address ?? account;
-  const owner = getAddress(args.owner ?? deployer);
 
   const deploy = async (name, { abi, bytecode }, params) => {
     const hash = await wallet.deployContract({ abi, bytecode, args: params });
@@ -58,6 +46,29 @@ async function main() {
     if (!code || code === "0x") throw new Error(`${name}: no code at ${receipt.contractAddress}`);
     return { address: getAddress(receipt.contractAddress), block: receipt.blockNumber };
   };
+  return { chainId, reader, wallet, deployer, deploy };
+}
+
+export function fail(error) {
+  console.error(error.shortMessage ?? error.message);
+  process.exit(1);
+}
+
+async function main() {
+  const { values: args } = parseArgs({
+    options: {
+      rpc: { type: "string" },
+      "key-file": { type: "string" },
+      owner: { type: "string" },
+      "min-stake": { type: "string", default: "10000000000000000" },
+      "exit-delay-secs": { type: "string", default: "604800" },
+      "test-token": { type: "boolean", default: false },
+    },
+  });
+  if (!args.rpc) throw new Error("--rpc URL is missing");
+
+  const { chainId, reader, deployer, deploy } = await connect(args);
+  const owner = getAddress(args.owner ?? deployer);
 
   const models = await deploy("ModelRegistry", artifact("ModelRegistry"), [owner]);
   const proofs = await deploy("ProofHub", artifact("ProofHub"), [owner]);
@@ -93,7 +104,4 @@ async function main() {
   console.log(JSON.stringify(result));
 }
 
-main().catch((error) => {
-  console.error(error.shortMessage ?? error.message);
-  process.exit(1);
-});
+if (process.argv[1] === fileURLToPath(import.meta.url)) main().catch(fail);

@@ -67,6 +67,7 @@ impl<C: JsonRpcClient + 'static> Reading<C> {
             host: (!view.host.is_zero()).then(|| account_text(view.host)),
             until_s: (!is_over).then_some(view.deadline),
             attempts: view.attempts,
+            proven: view.proven,
             terms: terms(view),
             state,
         })

@@ -31,7 +31,7 @@ use fabstir_plugin_api::inference::{Done, Generation, Input, Message, Text};
 
 use self::batcher::{Batcher, Command, Job};
 use self::context::{Batch, Context, Shape};
-use self::embed::{Embedder, Pooling};
+use self::embed::{Embedder, Pooling, Work};
 use self::model::Model;
 use self::threads::Threads;
 use crate::config::{GPU_BUILD, ModelConfig};
@@ -307,9 +307,28 @@ impl Engine {
     /// Turns inputs into vectors of length 1, and says how many tokens they have. Blocks until they are done, until `gone`
     /// answers `true` or until the engine is closed.
     pub fn embed(&self, inputs: &[Input], gone: impl Fn() -> bool + Send + 'static) -> Result<(Vec<Vec<f32>>, u32), Error> {
-        let pooling = self.pooling.clone()?;
+        self.pooling.clone()?;
         let texts = inputs.iter().map(|input| self.embeddable(input)).collect::<Result<Vec<_>, _>>()?;
         let tokens = texts.iter().map(|text| text.len() as u32).sum();
+        Ok((self.ask_embedder(Work::Embed(texts), gone)?, tokens))
+    }
+
+    /// The model's last state at each of the last `last` tokens, read anew. Blocks like [`Self::embed`].
+    pub fn states(&self, tokens: &[u32], last: u32, gone: impl Fn() -> bool + Send + 'static) -> Result<Vec<Vec<f32>>, Error> {
+        let text = self.embeddable(&Input::Tokens(tokens.to_vec()))?;
+        let last = last as usize;
+        if last == 0 || last > text.len() {
+            return Err(Error::Invalid(format!(
+                "`last` is {last}, and there are {} tokens: 1 to as many were expected",
+                text.len()
+            )));
+        }
+        self.ask_embedder(Work::States { text, last }, gone)
+    }
+
+    fn ask_embedder(&self, work: Work, gone: impl Fn() -> bool + Send + 'static) -> embed::Vectors {
+        // A model that does not embed texts still has states.
+        let pooling = self.pooling.clone().unwrap_or(Pooling::Mean);
         let unloaded = || Error::Unloaded(self.shared.id.clone());
         let answer = {
             let mut embedder = self.embedder();
@@ -325,10 +344,10 @@ impl Engine {
                     Embedder::start(name, model, self.info.context, self.threads, pooling, stop)?
                 }
             };
-            embedder.insert(running).embed(texts, gone)?
+            embedder.insert(running).ask(work, gone)?
         };
         match answer.recv() {
-            Ok(Ok(vectors)) => Ok((vectors, tokens)),
+            Ok(Ok(vectors)) => Ok(vectors),
             Ok(Err(Error::Abandoned)) if !self.shared.stop.load(Ordering::Relaxed) => Err(Error::Abandoned),
             Ok(Err(Error::Abandoned)) | Err(_) => Err(unloaded()),
             Ok(Err(error)) => Err(error),

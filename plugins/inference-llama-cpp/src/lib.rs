@@ -37,7 +37,7 @@ use fabstir_plugin_api::prelude::*;
 pub use config::{Config, ModelConfig};
 pub use plugin::LlamaCpp;
 
-#[plugin(provides = [Inference(embed, tokenize, apply_template)], needs = ["gpu", "fs.read"])]
+#[plugin(provides = [Inference(embed, states, tokenize, apply_template)], needs = ["gpu", "fs.read"])]
 async fn init(host: Host, config: Config) -> Result<LlamaCpp> {
     config.validate()?;
     let metrics = metrics::Metrics::default();

@@ -269,6 +269,12 @@ impl Inference for LlamaCpp {
         Ok(Embeddings { vectors, prompt_tokens })
     }
 
+    async fn states(&self, cx: &Cx, request: States) -> Result<Vec<Vec<f32>>> {
+        let engine = self.engine(&request.model)?;
+        let waiting = cx.clone();
+        blocking(move || engine.states(&request.tokens, request.last, move || waiting.is_cancelled())).await?.map_err(Into::into)
+    }
+
     async fn tokenize(&self, _: &Cx, request: Tokenize) -> Result<Vec<u32>> {
         let engine = self.engine(&request.model)?;
         let tokens = blocking(move || engine.tokenize(&request.text, request.special)).await??;

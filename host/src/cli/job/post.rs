@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use clap::Args;
-use fabstir_plugin_api::chain::{Act, Amount, JobId, JobResult, JobTerms, MarketEvent, Progress, ProgressState};
+use fabstir_plugin_api::chain::{Act, Amount, Hash32, JobId, JobResult, JobTerms, MarketEvent, Progress, ProgressState, Sure};
 use fabstir_plugin_api::error::Code;
 use fabstir_plugin_api::inference::Message;
+use fabstir_plugin_api::prover::ProofKind;
 use serde_json::json;
 
 use super::super::account::{AccountArgs, amount, at_desk, cx, done, of_plugin};
@@ -87,6 +88,17 @@ pub struct Post {
     #[arg(long, value_name = "AMOUNT", value_parser = amount)]
     bond: Option<Amount>,
 
+    /// Pays only for a result with a proof: its kind, `:` and its program, as `commitment:0x..`.
+    ///
+    /// The program names a circuit and its keys; `proof ls` shows those of the provers here. The market's contracts must know a verifier
+    /// for the two, and what an accepted proof says is printed.
+    #[arg(long, value_name = "KIND:PROGRAM", value_parser = proof)]
+    proof: Option<(ProofKind, Hash32)>,
+
+    /// How long a node has from its result to its proof, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = seconds(), requires = "proof")]
+    prove_within: u64,
+
     /// Waits for the result, fetches it and prints it. Ctrl-C ends the waiting, not the job.
     #[arg(long)]
     wait: bool,
@@ -110,6 +122,20 @@ fn seconds() -> clap::builder::RangedU64ValueParser {
     clap::value_parser!(u64).range(10..=30 * 24 * 3600)
 }
 
+/// A kind of proof and its program.
+fn proof(text: &str) -> Result<(ProofKind, Hash32), String> {
+    let (kind, program) = text.split_once(':').ok_or("a kind, `:` and a program were expected, as in commitment:0x..")?;
+    let kind =
+        [ProofKind::Commitment, ProofKind::OutputHead, ProofKind::OnnxModel].into_iter().find(|known| json!(known) == kind);
+    let kind = kind.ok_or("the kinds are commitment, output-head and onnx-model")?;
+    let is_word =
+        program.strip_prefix("0x").is_some_and(|digits| digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_hexdigit()));
+    match is_word {
+        true => Ok((kind, program.to_lowercase())),
+        false => Err("a program is 0x and 64 hexadecimal digits".into()),
+    }
+}
+
 /// What the job is about, once that is known.
 struct Draft {
     digest: String,
@@ -125,6 +151,8 @@ struct Taken {
     id: Option<JobId>,
     order: Progress,
     terms: JobTerms,
+    /// What its proof will say, where one is asked for.
+    says: Option<String>,
 }
 
 impl Post {
@@ -229,14 +257,14 @@ impl Post {
             max_output_tokens: self.max_output_tokens.into(),
             claim_by_s: now_s(&desk.chain).await? + self.claim_within,
             deliver_s: self.deliver_within,
-            prove_s: 0,
+            prove_s: if self.proof.is_some() { self.prove_within } else { 0 },
             challenge_s: self.challenge_within,
             resolve_s: 0,
             max_attempts: self.attempts,
             host_bond: self.bond.unwrap_or(Amount(self.max.0 / BOND_PART)),
             challenge_bond: Amount(0),
-            proof_kind: 0,
-            program: format!("0x{}", "0".repeat(64)),
+            proof_kind: self.proof.as_ref().and_then(|(kind, _)| kind.number()).unwrap_or(0),
+            program: self.proof.as_ref().map_or_else(|| format!("0x{}", "0".repeat(64)), |(_, program)| program.clone()),
             arbiter: NATIVE.into(),
         })
     }
@@ -244,6 +272,10 @@ impl Post {
     /// Puts the job on the chain. It is in the journal first, and is forgotten only where it is certain that it was not ordered.
     async fn post(&self, config: &Config, desk: &Desk, draft: &Draft) -> Result<Taken, Failure> {
         let terms = self.terms(desk, draft).await?;
+        let says = match terms.proof_kind {
+            0 => None,
+            kind => Some(proof_says(desk, kind, &terms.program).await?),
+        };
         let Draft { input_commitment, input_ref, .. } = draft;
         let act = Act::PostJob { terms: terms.clone(), input_commitment: input_commitment.clone(), input_ref: input_ref.clone() };
         desk.quote(act.clone()).await?;
@@ -272,15 +304,15 @@ impl Post {
         if let Some(id) = id {
             journal.number_posted(&key, id).await?;
         }
-        Ok(Taken { id, order, terms })
+        Ok(Taken { id, order, terms, says })
     }
 
     async fn tell(&self, desk: &Desk, draft: &Draft, taken: &Taken, json: bool) -> Result<(), Failure> {
-        let value = json!({ "id": taken.id, "model": draft.digest, "terms": taken.terms, "order": taken.order });
+        let value = json!({ "id": taken.id, "model": draft.digest, "terms": taken.terms, "order": taken.order, "proof_says": taken.says });
         Ok(print(json, &value, self.words(desk, draft, taken).await?)?)
     }
 
-    async fn words(&self, desk: &Desk, draft: &Draft, Taken { id, order, terms }: &Taken) -> Result<String, Failure> {
+    async fn words(&self, desk: &Desk, draft: &Draft, Taken { id, order, terms, says }: &Taken) -> Result<String, Failure> {
         let coin = &desk.network.coin;
         let head = match id {
             Some(id) => format!("job {id} is posted: {}", done(order, coin)),
@@ -301,6 +333,7 @@ impl Post {
             ),
             format!("model {}, to be claimed until {}", draft.digest, moment(terms.claim_by_s, now_s(&desk.chain).await?)),
         ];
+        lines.extend(says.iter().map(|says| format!("its node is paid only for a proof, which says: {says}")));
         if let Some(id) = id.filter(|_| !self.wait) {
             lines.push(format!(
                 "`fabstir-node job status {id}` shows how far it is, `job result {id}` fetches the result, `job cancel {id}` takes it back \
@@ -323,11 +356,16 @@ impl Post {
         if !json {
             print(json, &json!(null), self.words(desk, draft, &taken).await?)?;
         }
-        let result = submitted(desk, id, &taken.terms, json).await?;
+        let mut awaited = Awaited::begin(desk, id, &taken.terms, json).await?;
+        let result = awaited.result().await?;
         let output = fetched(&self.network, config, id, &result).await?;
-        let Taken { order, terms, .. } = taken;
-        let value =
-            json!({ "id": id, "model": draft.digest, "terms": terms, "order": order, "result": result, "output": output });
+        if taken.terms.proof_kind != 0 {
+            awaited.proof().await?;
+        }
+        let Taken { order, terms, says, .. } = taken;
+        let value = json!({
+            "id": id, "model": draft.digest, "terms": terms, "order": order, "result": result, "output": output, "proof_says": says,
+        });
         let next = format!("`fabstir-node job accept {id}` pays the node now; it is paid later in any case");
         Ok(print(json, &value, format!("\n{}\n\n{next}", shown(&output.text)))?)
     }
@@ -372,39 +410,91 @@ async fn number(desk: &Desk, order: &Progress) -> Option<JobId> {
     tokio::time::timeout(NUMBER, ask).await.ok().flatten()
 }
 
-/// Waits until a node has handed in its result.
-async fn submitted(desk: &Desk, id: JobId, terms: &JobTerms, json: bool) -> Result<JobResult, Failure> {
-    let mut history =
-        History::begin(&desk.chain, move |event| job_of(event) == Some(id)).await.map_err(|error| of_plugin(&error))?;
-    let mut due_s = terms.claim_by_s;
-    let tell = |text: String| if json { Ok(()) } else { print(json, &json!(null), text) };
-    loop {
+/// What an accepted proof says, as the market's contracts have it.
+async fn proof_says(desk: &Desk, kind: u8, program: &str) -> Result<String, Failure> {
+    desk.chain.proof_statement(&cx(), kind, program.to_owned()).await.map_err(|error| match error.code {
+        Code::NotFound => {
+            let message = format!("no node could be paid for such a proof: {error}");
+            Failure::new(Failure::FAILED, "no_verifier", message)
+        }
+        _ => of_plugin(&error),
+    })
+}
+
+/// A posted job that is waited for.
+struct Awaited<'a> {
+    desk: &'a Desk,
+    id: JobId,
+    terms: &'a JobTerms,
+    history: History,
+    json: bool,
+}
+
+impl<'a> Awaited<'a> {
+    async fn begin(desk: &'a Desk, id: JobId, terms: &'a JobTerms, json: bool) -> Result<Self, Failure> {
+        let history = History::begin(&desk.chain, move |event| job_of(event) == Some(id)).await;
+        Ok(Self { desk, id, terms, history: history.map_err(|error| of_plugin(&error))?, json })
+    }
+
+    fn tell(&self, text: String) -> Result<(), Failure> {
+        if !self.json {
+            print(false, &json!(null), text)?;
+        }
+        Ok(())
+    }
+
+    /// What happens next, if it does before this time of the contracts' clock.
+    async fn next(&mut self, due_s: u64) -> Result<MarketEvent, Failure> {
         let left = (due_s + SLACK_S).saturating_sub(now_ms() / 1000);
-        let Ok(event) = tokio::time::timeout(Duration::from_secs(left), history.next()).await else {
-            let job = read(&desk.chain, id, fabstir_plugin_api::chain::Sure::Latest).await?;
-            let message =
-                format!("job {id} {}: `fabstir-node job cancel {id}` takes it back", status::state(&job, now_ms() / 1000));
-            return Err(Failure::new(Failure::FAILED, "no_result", message));
-        };
-        match event.map_err(|error| of_plugin(&error))?.1 {
-            MarketEvent::JobClaimed { host, deliver_by_s, .. } => {
-                due_s = deliver_by_s;
-                tell(format!("claimed by {host}"))?;
+        let id = self.id;
+        match tokio::time::timeout(Duration::from_secs(left), self.history.next())
+            .await
+            .map(|event| event.map_err(|error| of_plugin(&error)))
+        {
+            Ok(Ok((_, MarketEvent::JobRefunded { .. }))) => {
+                let message = format!("job {id} is over without what was asked for, and its amount came back as credit");
+                Err(Failure::new(Failure::FAILED, "no_result", message))
             }
-            MarketEvent::ClaimLost { host, .. } => {
-                due_s = terms.claim_by_s;
-                tell(format!("{host} has not kept its claim"))?;
+            Ok(event) => Ok(event?.1),
+            Err(_) => {
+                let job = read(&self.desk.chain, id, Sure::Latest).await?;
+                let message =
+                    format!("job {id} {}: `fabstir-node job cancel {id}` takes it back", status::state(&job, now_ms() / 1000));
+                Err(Failure::new(Failure::FAILED, "no_result", message))
             }
-            MarketEvent::ResultSubmitted { result, .. } => {
-                let JobResult { input_tokens, output_tokens, .. } = &result;
-                tell(format!("handed in: {input_tokens} tokens read, {output_tokens} generated"))?;
-                return Ok(result);
+        }
+    }
+
+    /// Waits until a node has handed in its result.
+    async fn result(&mut self) -> Result<JobResult, Failure> {
+        let mut due_s = self.terms.claim_by_s;
+        loop {
+            match self.next(due_s).await? {
+                MarketEvent::JobClaimed { host, deliver_by_s, .. } => {
+                    due_s = deliver_by_s;
+                    self.tell(format!("claimed by {host}"))?;
+                }
+                MarketEvent::ClaimLost { host, .. } => {
+                    due_s = self.terms.claim_by_s;
+                    self.tell(format!("{host} has not kept its claim"))?;
+                }
+                MarketEvent::ResultSubmitted { result, .. } => {
+                    let JobResult { input_tokens, output_tokens, .. } = &result;
+                    self.tell(format!("handed in: {input_tokens} tokens read, {output_tokens} generated"))?;
+                    return Ok(result);
+                }
+                _ => {}
             }
-            MarketEvent::JobRefunded { .. } => {
-                let message = format!("job {id} is over without a result, and its amount came back as credit");
-                return Err(Failure::new(Failure::FAILED, "no_result", message));
+        }
+    }
+
+    /// Waits until the contract has accepted a proof of the result.
+    async fn proof(&mut self) -> Result<(), Failure> {
+        let due_s = now_s(&self.desk.chain).await? + self.terms.prove_s;
+        loop {
+            if let MarketEvent::ProofAccepted { .. } = self.next(due_s).await? {
+                return self.tell("proven: the contract has accepted the proof".into());
             }
-            _ => {}
         }
     }
 }

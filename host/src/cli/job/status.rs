@@ -31,6 +31,11 @@ fn span(seconds: u64) -> String {
     if parts.is_empty() { "0 s".into() } else { parts.join(" ") }
 }
 
+/// Whether its node is not paid without a proof that it has not given yet.
+pub(super) fn owes_proof(job: &Posting) -> bool {
+    job.terms.proof_kind != 0 && !job.proven
+}
+
 /// The state as the rest of a sentence about the job.
 pub(super) fn state(job: &Posting, now: u64) -> String {
     let host = job.host.as_deref().unwrap_or("a node");
@@ -41,6 +46,10 @@ pub(super) fn state(job: &Posting, now: u64) -> String {
         (JobState::Open, true) => format!("was not claimed, and could be until {until}"),
         (JobState::Claimed, false) => format!("is claimed by {host}, which has to hand in its result until {until}"),
         (JobState::Claimed, true) => format!("is claimed by {host}, which is late: its time was over at {until}"),
+        (JobState::Delivered, false) if owes_proof(job) => format!("has a result, which its node has to prove until {until}"),
+        (JobState::Delivered, true) if owes_proof(job) => {
+            format!("has a result that was not proven: time for it was until {until}")
+        }
         (JobState::Delivered | JobState::Proven, false) => format!("has a result, to which its client can object until {until}"),
         (JobState::Delivered | JobState::Proven, true) => format!("has a result, to which nobody has objected until {until}"),
         (JobState::Challenged, _) => format!("is challenged; its arbiter decides until {until}"),
@@ -60,6 +69,10 @@ fn next(id: JobId, job: &Posting, now: u64) -> Option<String> {
         (JobState::Open, true) => format!("`job cancel {id}` brings the amount back"),
         (JobState::Claimed, false) => "the node hands in its result, or loses its bond to the client".into(),
         (JobState::Claimed, true) => {
+            format!("`job cancel {id}` takes the node's bond and brings the amount back")
+        }
+        (JobState::Delivered, false) if owes_proof(job) => "the node hands in its proof, or loses its bond and the amount".into(),
+        (JobState::Delivered, true) if owes_proof(job) => {
             format!("`job cancel {id}` takes the node's bond and brings the amount back")
         }
         (JobState::Delivered | JobState::Proven, false) => {
@@ -134,6 +147,10 @@ pub(super) fn one(id: JobId, shared: &Shared, json: bool) -> Result<(), Failure>
         let price = shown(earnings::price(&job.terms, result));
         ["result".into(), format!("{} tokens read, {} generated: {price}", result.input_tokens, result.output_tokens)]
     }));
+    if job.terms.proof_kind != 0 {
+        let is = if job.proven { "accepted by the contract" } else { "not there yet" };
+        rows.push(["proof".into(), format!("kind {}, program {}: {is}", job.terms.proof_kind, job.terms.program)]);
+    }
     rows.extend(division.map(|division| ["divided".into(), division.words(&coin)]));
     rows.extend(next.clone().map(|next| ["next".into(), next]));
     let value = json!({

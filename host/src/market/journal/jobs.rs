@@ -3,6 +3,7 @@
 use std::fmt;
 
 use fabstir_plugin_api::chain::{Account, Amount, Hash32, JobId, JobResult, JobTerms, MarketEvent};
+use fabstir_plugin_api::prover::Proof;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 
@@ -28,6 +29,11 @@ pub enum State {
     Stored,
     /// Handing in its result is ordered, or about to be.
     Submitting,
+    /// A proof of it is made, which its terms ask for.
+    Proving,
+    /// Its proof is on disk; handing it in is ordered, or about to be.
+    Proved,
+    /// All is done that this node has to do for it.
     Submitted,
     /// Giving it up is ordered, or about to be.
     Abandoning,
@@ -38,7 +44,7 @@ pub enum State {
 }
 
 impl State {
-    pub const ALL: [State; 12] = [
+    pub const ALL: [State; 14] = [
         State::Seen,
         State::Declined,
         State::Missed,
@@ -47,6 +53,8 @@ impl State {
         State::Working,
         State::Stored,
         State::Submitting,
+        State::Proving,
+        State::Proved,
         State::Submitted,
         State::Abandoning,
         State::Settled,
@@ -54,8 +62,16 @@ impl State {
     ];
 
     /// The states in which this node has something to do.
-    pub const IN_WORK: [State; 6] =
-        [State::Claiming, State::Claimed, State::Working, State::Stored, State::Submitting, State::Abandoning];
+    pub const IN_WORK: [State; 8] = [
+        State::Claiming,
+        State::Claimed,
+        State::Working,
+        State::Stored,
+        State::Submitting,
+        State::Proving,
+        State::Proved,
+        State::Abandoning,
+    ];
 
     pub fn word(self) -> &'static str {
         match self {
@@ -67,6 +83,8 @@ impl State {
             State::Working => "working",
             State::Stored => "stored",
             State::Submitting => "submitting",
+            State::Proving => "proving",
+            State::Proved => "proved",
             State::Submitted => "submitted",
             State::Abandoning => "abandoning",
             State::Settled => "settled",
@@ -104,6 +122,9 @@ pub struct JobRow {
     /// How often something was ordered for it that came to nothing: each time, orders have new keys.
     pub attempt: u32,
     pub result: Option<JobResult>,
+    /// The proof that was made of it last.
+    #[serde(skip)]
+    pub proof: Option<Proof>,
     pub paid: Option<Amount>,
     pub seen_ms: u64,
     pub changed_ms: u64,
@@ -117,13 +138,14 @@ pub struct Step {
     pub because: Option<(&'static str, String)>,
     pub model: Option<String>,
     pub result: Option<JobResult>,
+    pub proof: Option<Proof>,
     /// Whether what was ordered has come to nothing.
     pub anew: bool,
 }
 
 impl Step {
     pub fn to(to: State) -> Step {
-        Step { to, because: None, model: None, result: None, anew: false }
+        Step { to, because: None, model: None, result: None, proof: None, anew: false }
     }
 
     pub fn because(self, cause: &'static str, why: impl Into<String>) -> Step {
@@ -151,7 +173,7 @@ pub enum Meant {
 }
 
 const COLUMNS: &str = "id, client, terms, input_commitment, input_ref, block, state, cause, why, model, attempt, result, paid, \
-                       seen_ms, changed_ms";
+                       seen_ms, changed_ms, proof";
 
 /// The rows in these states, the first posted first, at most so many.
 pub fn rows(connection: &Connection, states: &[State], most: usize) -> Result<Vec<JobRow>, JournalError> {
@@ -207,6 +229,7 @@ fn job(row: &Row<'_>) -> Result<JobRow, JournalError> {
     };
     let result: Option<String> = row.get(11)?;
     let paid: Option<String> = row.get(12)?;
+    let proof: Option<String> = row.get(15)?;
     let unread = |error: std::num::ParseIntError| JournalError::Corrupt(format!("a job was paid no amount: {error}"));
     Ok(JobRow {
         id: natural(0)?,
@@ -221,6 +244,7 @@ fn job(row: &Row<'_>) -> Result<JobRow, JournalError> {
         model: row.get(9)?,
         attempt: row.get(10)?,
         result: result.as_deref().map(value).transpose()?,
+        proof: proof.as_deref().map(value).transpose()?,
         paid: paid.map(|paid| paid.parse().map_err(unread)).transpose()?,
         seen_ms: natural(13)?,
         changed_ms: natural(14)?,
@@ -231,13 +255,14 @@ fn job(row: &Row<'_>) -> Result<JobRow, JournalError> {
 pub fn step(connection: &Connection, id: JobId, from: State, step: &Step) -> Result<bool, JournalError> {
     let (cause, why) = step.because.clone().unzip();
     let result = step.result.as_ref().map(text).transpose()?;
+    let proof = step.proof.as_ref().map(text).transpose()?;
     // What can never be worked on needs no input any more: it is the largest part of a row, and strangers write it.
     let is_over = matches!(step.to, State::Declined | State::Settled | State::Failed);
     let changed = connection.execute(
         "UPDATE jobs SET state = ?3, cause = coalesce(?4, cause), why = coalesce(?5, why), model = coalesce(?6, model), \
-         result = coalesce(?7, result), attempt = attempt + ?8, changed_ms = ?9, input_ref = iif(?10, '', input_ref) \
+         result = coalesce(?7, result), proof = coalesce(?11, proof), attempt = attempt + ?8, changed_ms = ?9, input_ref = iif(?10, '', input_ref) \
          WHERE id = ?1 AND state = ?2",
-        params![integer(id)?, from.word(), step.to.word(), cause, why, step.model, result, u32::from(step.anew), now()?, is_over],
+        params![integer(id)?, from.word(), step.to.word(), cause, why, step.model, result, u32::from(step.anew), now()?, is_over, proof],
     )?;
     Ok(changed == 1)
 }
@@ -316,7 +341,7 @@ pub fn note(connection: &Connection, account: &str, takes: bool, block: u64, eve
 }
 
 /// What a claimed job can be in. A job that is being claimed is left to its order, which tells the same sooner.
-const WORKED: &str = "('claimed', 'working', 'stored', 'submitting', 'submitted', 'abandoning')";
+const WORKED: &str = "('claimed', 'working', 'stored', 'submitting', 'proving', 'proved', 'submitted', 'abandoning')";
 
 /// Lets an event change a row that is in one of these states.
 fn end(connection: &Connection, id: JobId, block: u64, set: &str, states: &str) -> Result<bool, JournalError> {
@@ -559,6 +584,7 @@ mod tests {
 
         let result = JobResult {
             output_commitment: format!("0x{}", "0a".repeat(32)),
+            trace: None,
             input_tokens: 1,
             output_tokens: 1,
             result_ref: String::new(),

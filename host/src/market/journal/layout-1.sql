@@ -36,7 +36,7 @@ CREATE TABLE jobs (
     input_commitment TEXT NOT NULL,
     input_ref        TEXT NOT NULL,
     block            INTEGER NOT NULL,
-    -- seen, declined, missed, claiming, claimed, working, stored, submitting, submitted, abandoning, settled, failed
+    -- seen, declined, missed, claiming, claimed, working, stored, submitting, proving, proved, submitted, abandoning, settled, failed
     state            TEXT NOT NULL,
     -- A word for the cause, and a sentence.
     cause            TEXT,
@@ -49,6 +49,8 @@ CREATE TABLE jobs (
     attempt          INTEGER NOT NULL DEFAULT 0,
     -- JobResult, as JSON, once it is stored.
     result           TEXT,
+    -- Proof, as JSON, once it is made.
+    proof            TEXT,
     -- What the contract has paid out, once the job is settled.
     paid             TEXT,
     seen_ms          INTEGER NOT NULL,

@@ -1,8 +1,8 @@
 //! Posted jobs: seen on the chain, judged, claimed, worked on, handed in and paid.
 //!
 //! ```text
-//! events --> note --> look --> claim --> work --> store --> submit --> settle
-//!            (journal)  |        \_________________________/
+//! events --> note --> look --> claim --> work --> store --> submit (--> prove) --> settle
+//!            (journal)  |        \__________________________________/
 //!                       |          carrying.rs, one task each
 //!                       +-- verdict.rs (whether), Lane::check (what the chain says)
 //! ```
@@ -30,6 +30,7 @@ use super::{AGAIN, Seller};
 use crate::clock::now_ms;
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{self, JobRow, Meant, State, Step};
+use crate::market::proving::{self, Provable, Provables};
 use crate::market::{Desk, DeskError};
 
 mod carrying;
@@ -42,7 +43,7 @@ pub(crate) use verdict::tests::row as example;
 
 use carrying::Carrier;
 use due::Due;
-use verdict::{FEE_SHARE, OnChain, Served, Standing, Verdict, compare, judge};
+use verdict::{FEE_SHARE, OnChain, Proves, Served, Standing, Verdict, compare, judge};
 
 /// How long a call that reads the chain may take.
 const CALL: Duration = Duration::from_secs(10);
@@ -102,6 +103,16 @@ impl Shared {
 
     async fn on_chain(&self, row: &JobRow, sure: Sure) -> Result<OnChain, PluginError> {
         Ok(compare(row, self.job(row.id, sure).await?.as_ref(), &self.desk.account))
+    }
+
+    /// The digest of the model that has this name on the chain, where it is served.
+    async fn digest(&self, id: &ModelId) -> Result<Option<String>, PluginError> {
+        for digest in self.seller.scheduler.models().into_iter().filter_map(|model| model.digest) {
+            if self.desk.chain.model_id(&Cx::new().with_timeout(CALL), digest.clone()).await.is_ok_and(|known| known == *id) {
+                return Ok(Some(digest));
+            }
+        }
+        Ok(None)
     }
 
     /// The models that are served and have a name on the chain.
@@ -373,7 +384,8 @@ impl Lane {
         }
         let now = Instant::now();
         self.later.retain(|_, until| *until > now);
-        let standing = self.standing().await?;
+        let asks_proof = rows.iter().any(|row| row.terms.proof_kind != 0);
+        let standing = self.standing(asks_proof).await?;
         let mut good = Vec::new();
         let mut verdicts = Vec::new();
         for row in rows {
@@ -470,6 +482,7 @@ impl Lane {
             OnChain::Refunded => return over(State::Missed, Cause::Gone, "its client has its money back"),
             // Claimed in another life of this node, of which the journal is gone.
             OnChain::Ours { .. } => return Ok(Checked::Step(Step::to(State::Claimed))),
+            // What its proof needs is in the journal that is gone.
             OnChain::Delivered { .. } | OnChain::Settled => return Ok(Checked::Step(Step::to(State::Submitted))),
         }
         let fee = match quote {
@@ -497,13 +510,20 @@ impl Lane {
     }
 
     /// How this node stands at the moment.
-    async fn standing(&self) -> Result<Standing, LaneError> {
+    async fn standing(&self, asks_proof: bool) -> Result<Standing, LaneError> {
         let seller = &self.shared.seller;
         let models = self.shared.models().await?;
-        let routes = seller.routes.borrow();
+        let routes = seller.routes.borrow().clone();
+        let provables = match asks_proof {
+            true => proving::provable(&routes, &self.shared.desk.network).await,
+            false => Provables::default(),
+        };
+        let proves =
+            |Provable { kind, program, takes_ms, .. }: Provable| kind.number().map(|kind| Proves { kind, program, takes_ms });
         Ok(Standing {
             models,
-            is_starting: !routes.starting.is_empty(),
+            proves: provables.ready.into_iter().filter_map(proves).collect(),
+            is_starting: !routes.starting.is_empty() || provables.is_preparing,
             can_store: !routes.storage.is_empty(),
             is_in_network: match (seller.peer.get(), routes.transport.is_empty()) {
                 (Some(_), _) => Some(true),

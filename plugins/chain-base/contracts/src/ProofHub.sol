@@ -7,7 +7,7 @@ import {Ownable, Ownable2Step} from "@openzeppelin/contracts/access/Ownable2Step
 /// @notice One verifier per kind and program, named once and never replaced. A job copies the verifier's address when it is posted,
 /// so nothing that happens here later touches it.
 contract ProofHub is Ownable2Step {
-    uint256 public constant MAX_STATEMENT_BYTES = 1024;
+    uint256 public constant MAX_STATEMENT_BYTES = 2048;
 
     mapping(uint8 kind => mapping(bytes32 programId => address)) private _verifiers;
     mapping(uint8 kind => mapping(bytes32 programId => string)) private _statements;
@@ -22,7 +22,7 @@ contract ProofHub is Ownable2Step {
     constructor(address owner_) Ownable(owner_) {}
 
     /// @notice Names the verifier of a pair. Called by the owner, once per pair; kind 0 means "no proof" and has none.
-    /// @param statement What an accepted proof says, and what it does not, in one sentence for people; 1 to 1,024 bytes.
+    /// @param statement What an accepted proof says, and what it does not, in plain words for people; 1 to 2,048 bytes.
     function setVerifier(uint8 kind, bytes32 programId, address verifier, string calldata statement) external onlyOwner {
         if (kind == 0) revert KindZero();
         address set = _verifiers[kind][programId];

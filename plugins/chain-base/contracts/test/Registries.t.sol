@@ -220,7 +220,7 @@ contract RegistriesTest is Base {
         vm.expectRevert(abi.encodeWithSelector(ProofHub.NoCodeAt.selector, ANYONE));
         proofs.setVerifier(1, 0, ANYONE, "s");
         vm.prank(OWNER);
-        vm.expectRevert(abi.encodeWithSelector(ProofHub.StatementLength.selector, 0, 1024));
+        vm.expectRevert(abi.encodeWithSelector(ProofHub.StatementLength.selector, 0, 2048));
         proofs.setVerifier(1, 0, verifier, "");
         vm.prank(OWNER);
         proofs.setVerifier(1, 0, verifier, "s");

@@ -41,11 +41,19 @@ pub const CHUNK: usize = 64;
 /// Callers that may wait behind the one being served.
 const QUEUE: usize = 8;
 
-/// One vector for each text.
+/// What is asked for.
+pub enum Work {
+    /// One vector for each text.
+    Embed(Vec<Vec<i32>>),
+    /// The vectors of a text's last tokens as they are, so many of them.
+    States { text: Vec<i32>, last: usize },
+}
+
+/// The vectors that were asked for.
 pub type Vectors = Result<Vec<Vec<f32>>, Error>;
 
 struct Job {
-    texts: Vec<Vec<i32>>,
+    work: Work,
     gone: Box<dyn Fn() -> bool + Send>,
     answer: Sender<Vectors>,
 }
@@ -83,11 +91,11 @@ impl Embedder {
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Queues texts. The answer comes on the receiver; none comes if the engine stops.
-    pub fn embed(&self, texts: Vec<Vec<i32>>, gone: impl Fn() -> bool + Send + 'static) -> Result<Receiver<Vectors>, Error> {
+    /// Queues work. The answer comes on the receiver; none comes if the engine stops.
+    pub fn ask(&self, work: Work, gone: impl Fn() -> bool + Send + 'static) -> Result<Receiver<Vectors>, Error> {
         let (answer, receiver) = channel();
         let jobs = self.jobs.as_ref().expect("only drop takes the queue away");
-        match jobs.try_send(Job { texts, gone: Box::new(gone), answer }) {
+        match jobs.try_send(Job { work, gone: Box::new(gone), answer }) {
             Ok(()) => Ok(receiver),
             Err(TrySendError::Full(_)) => Err(Error::Busy { parallel: 1, retry_after: Duration::from_millis(500) }),
             Err(TrySendError::Disconnected(_)) => Err(Error::Failed("embeddings ended".into())),
@@ -108,14 +116,13 @@ impl Drop for Embedder {
 fn serve(context: &mut Context, pooling: Pooling, queue: &Receiver<Job>, stop: &AtomicBool) {
     let mut batch = Batch::new(CHUNK);
     while let Ok(job) = queue.recv() {
-        let vectors = job.texts.iter().map(|text| {
-            if stop.load(Ordering::Relaxed) || (job.gone)() {
-                return Err(Error::Abandoned);
-            }
-            embed(context, &mut batch, text, pooling, &job.gone)
-        });
+        let gone = || stop.load(Ordering::Relaxed) || (job.gone)();
+        let vectors = match &job.work {
+            Work::Embed(texts) => texts.iter().map(|text| embed(context, &mut batch, text, pooling, &gone)).collect(),
+            Work::States { text, last } => states(context, &mut batch, text, *last, &gone),
+        };
         // A caller that has gone does not need the answer.
-        let _ = job.answer.send(vectors.collect());
+        let _ = job.answer.send(vectors);
     }
 }
 
@@ -126,8 +133,41 @@ fn embed(
     pooling: Pooling,
     gone: &dyn Fn() -> bool,
 ) -> Result<Vec<f32>, Error> {
-    context.truncate(0, 0);
     let mut pooled: Vec<f32> = Vec::new();
+    read(context, batch, text, gone, |_, vector| match pooling {
+        _ if pooled.is_empty() => pooled = vector.to_vec(),
+        Pooling::Mean => pooled.iter_mut().zip(vector).for_each(|(sum, value)| *sum += value),
+        Pooling::First => {}
+        Pooling::Last => pooled.copy_from_slice(vector),
+    })?;
+    normalise(pooled)
+}
+
+fn states(
+    context: &mut Context,
+    batch: &mut Batch,
+    text: &[i32],
+    last: usize,
+    gone: &dyn Fn() -> bool,
+) -> Result<Vec<Vec<f32>>, Error> {
+    let mut states = Vec::with_capacity(last);
+    read(context, batch, text, gone, |place, vector| {
+        if place + last >= text.len() {
+            states.push(vector.to_vec());
+        }
+    })?;
+    Ok(states)
+}
+
+/// Reads a text from an empty cache, and shows the vector of each of its tokens.
+fn read(
+    context: &mut Context,
+    batch: &mut Batch,
+    text: &[i32],
+    gone: &dyn Fn() -> bool,
+    mut show: impl FnMut(usize, &[f32]),
+) -> Result<(), Error> {
+    context.truncate(0, 0);
     for (number, chunk) in text.chunks(CHUNK).enumerate() {
         if gone() {
             return Err(Error::Abandoned);
@@ -142,15 +182,10 @@ fn embed(
         })?;
         for place in 0..chunk.len() {
             let vector = context.embedding(place).ok_or_else(|| Error::Failed("llama.cpp computed no embedding".into()))?;
-            match pooling {
-                _ if pooled.is_empty() => pooled = vector.to_vec(),
-                Pooling::Mean => pooled.iter_mut().zip(vector).for_each(|(sum, value)| *sum += value),
-                Pooling::First => {}
-                Pooling::Last => pooled.copy_from_slice(vector),
-            }
+            show(number * CHUNK + place, vector);
         }
     }
-    normalise(pooled)
+    Ok(())
 }
 
 /// Brings a vector to length 1. Dividing by the number of tokens before would change nothing.

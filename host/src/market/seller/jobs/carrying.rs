@@ -5,24 +5,25 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::abi::Blob;
-use fabstir_plugin_api::chain::{Act, JobResult, Sure};
+use fabstir_plugin_api::chain::{Act, JobResult, JobTerms, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::inference::{Chunk, Input};
+use fabstir_plugin_api::prover::{About, Proof, Task, Witness};
 use fabstir_plugin_api::storage::Expect;
 use fabstir_plugin_api::stream::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::verdict::{Cause, OnChain, paid_output};
-use super::{AGAIN, Shared};
+use super::{AGAIN, CALL, Shared};
 use crate::clock::now_ms;
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{JobRow, State, Step};
 use crate::market::posting::{JobInput, JobOutput, ResultRef};
-use crate::market::{Desk, DeskError};
+use crate::market::{Desk, DeskError, proving};
 use crate::scheduler::{Refused, estimated_tokens};
 
 /// What is left of a job's time for handing its result in. Seconds.
@@ -91,6 +92,8 @@ impl Carrier {
                 State::Claiming => self.claim(&row).await,
                 State::Claimed | State::Working => self.work(&row).await,
                 State::Stored | State::Submitting => self.submit(&row).await,
+                State::Proving => self.prove(&row).await,
+                State::Proved => self.hand_in_proof(&row).await,
                 State::Abandoning => self.abandon(&row).await,
                 _ => return,
             };
@@ -159,6 +162,7 @@ impl Carrier {
                 self.over(row, State::Abandoning, Cause::Reorg, "another job has its number now, and was claimed in its place")
                     .await
             }
+            OnChain::Delivered { owes_proof: true, .. } => self.step(row, Step::to(State::Proving)).await,
             OnChain::Delivered { .. } | OnChain::Settled => self.step(row, Step::to(State::Submitted)).await,
             OnChain::Taken => self.over(row, State::Missed, Cause::Lost, "another node was first").await,
             OnChain::Refunded => self.over(row, State::Missed, Cause::Gone, "its client took it back before the claim").await,
@@ -339,7 +343,8 @@ impl Carrier {
         match outcome {
             Ok(done) => {
                 tracing::info!(job = row.id, block = done.block, "Job submitted.");
-                self.step(&row, Step::to(State::Submitted)).await
+                let to = if row.terms.proof_kind == 0 { State::Submitted } else { State::Proving };
+                self.step(&row, Step::to(to)).await
             }
             Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) => Err(error.into()),
             // Not carried out, and never will be under this key: the state above decides anew.
@@ -358,9 +363,77 @@ impl Carrier {
         }
     }
 
+    /// Has the proof made that the job's terms ask for.
+    async fn prove(&mut self, row: &JobRow) -> Next {
+        (self.slot, self.coming) = (None, None);
+        let end_s = match self.shared.on_chain(row, Sure::Latest).await? {
+            OnChain::Delivered { until_s, owes_proof: true } => until_s.saturating_sub(MARGIN_S),
+            OnChain::Ours { .. } | OnChain::Open | OnChain::Absent => return self.step(row, Step::to(State::Stored)).await,
+            other => return self.not_ours(row, &other).await,
+        };
+        if self.left(end_s).is_zero() {
+            return self.over(row, State::Failed, Cause::Proof, "there is no time left for its proof").await;
+        }
+        let Some(result) = &row.result else {
+            return self.over(row, State::Failed, Cause::Proof, "its result is not in this node's journal").await;
+        };
+        let JobTerms { proof_kind, program, .. } = &row.terms;
+        let routes = self.shared.seller.routes.borrow().clone();
+        let provable = proving::provable(&routes, &self.desk().network).await;
+        let Some(provable) = provable.ready.into_iter().find(|provable| provable.is_of(*proof_kind, program)) else {
+            return Err(wait(format!("no prover plugin proves by the program {program} at the moment"), AGAIN));
+        };
+        let Some(model) = self.shared.digest(&row.terms.model).await? else {
+            return Err(wait(format!("the model {} is not served at the moment", row.terms.model), AGAIN));
+        };
+        let subject = self.desk().chain.subject(&Cx::new().with_timeout(CALL), row.id, Sure::Latest).await?;
+        let (input, output) = (row.input_commitment.clone(), result.output_commitment.clone());
+        let about = About { subject, job: Some(row.id), model, input, output };
+        let task = Task { statement: provable.statement.id.clone(), about, witness: Witness::None };
+        let begun = Instant::now();
+        match proving::prove(&*provable.prover, program, task, self.left(end_s)).await {
+            Ok(proof) => {
+                tracing::info!(
+                    job = row.id,
+                    statement = provable.statement.id,
+                    ms = begun.elapsed().as_millis() as u64,
+                    "Job proven."
+                );
+                self.step(row, Step { proof: Some(proof), ..Step::to(State::Proved) }).await
+            }
+            // There is no such proof, now or later.
+            Err(error) if matches!(error.code, Code::InvalidArgument | Code::Unimplemented) => {
+                self.over(row, State::Failed, Cause::Proof, error.to_string()).await
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Hands the proof in.
+    async fn hand_in_proof(&self, row: &JobRow) -> Next {
+        let Some(Proof { public_inputs, proof, .. }) = row.proof.clone() else {
+            return self.step(row, Step::to(State::Proving)).await;
+        };
+        let act = Act::SubmitProof { job: row.id, public_inputs, proof };
+        match self.desk().follow(format!("proof-{}-{}", row.id, row.attempt), act, FOLLOW).await {
+            Ok(done) => {
+                tracing::info!(job = row.id, block = done.block, "Proof accepted.");
+                self.step(row, Step::to(State::Submitted)).await
+            }
+            Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) => Err(error.into()),
+            // What it names may be another result by now, where the chain has taken blocks back: the state above decides anew.
+            Err(error) => {
+                tracing::warn!(job = row.id, %error, "A proof was not handed in.");
+                tokio::time::sleep(AGAIN).await;
+                self.step(row, Step { anew: true, ..Step::to(State::Proving) }).await
+            }
+        }
+    }
+
     /// Where a job goes that is no longer this node's to work on.
     async fn not_ours(&self, row: &JobRow, on_chain: &OnChain) -> Next {
         match on_chain {
+            OnChain::Delivered { owes_proof: true, .. } => self.step(row, Step::to(State::Proving)).await,
             OnChain::Delivered { .. } | OnChain::Settled => self.step(row, Step::to(State::Submitted)).await,
             OnChain::ClaimedAnother => {
                 self.over(row, State::Abandoning, Cause::Reorg, "another job has its number now, and was claimed in its place")

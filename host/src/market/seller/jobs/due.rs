@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use fabstir_plugin_api::chain::{Act, JobId, ProgressState, Sure};
+use fabstir_plugin_api::error::PluginError;
 use tokio::time::Instant;
 
 use super::{LaneError, Shared};
@@ -52,19 +53,23 @@ impl Due {
         Ok(())
     }
 
+    async fn step(&self, shared: &Shared, id: JobId, step: Step) -> Result<(), DeskError> {
+        let stepped = shared.seller.journal.step_job(id, State::Submitted, step).await;
+        Ok(stepped.map(drop).map_err(PluginError::from)?)
+    }
+
     async fn settle_one(&mut self, shared: &Shared, row: &JobRow, is_known: bool) -> Result<(), DeskError> {
         let id = row.id;
         let until_s = match shared.on_chain(row, Sure::Latest).await? {
-            OnChain::Delivered { until_s } => until_s,
+            OnChain::Delivered { owes_proof: true, .. } => {
+                // The chain has taken the proof back, and what was sent again was refused.
+                let proving = Step { anew: true, ..Step::to(State::Proving) };
+                return self.step(shared, id, proving).await;
+            }
+            OnChain::Delivered { until_s, .. } => until_s,
             OnChain::Taken | OnChain::Another | OnChain::ClaimedAnother => {
                 let failed = Step::to(State::Failed).because(Cause::Reorg.word(), "the chain has taken this node's claim back");
-                shared
-                    .seller
-                    .journal
-                    .step_job(id, State::Submitted, failed)
-                    .await
-                    .map_err(fabstir_plugin_api::error::PluginError::from)?;
-                return Ok(());
+                return self.step(shared, id, failed).await;
             }
             // Its event is on its way, or the outbox sends again what a block has lost.
             _ => return Ok(()),
@@ -91,12 +96,7 @@ impl Due {
         if matches!(order.state, ProgressState::Dead | ProgressState::Reverted { .. }) {
             // The next one has a key of its own.
             let anew = Step { anew: true, ..Step::to(State::Submitted) };
-            shared
-                .seller
-                .journal
-                .step_job(id, State::Submitted, anew)
-                .await
-                .map_err(fabstir_plugin_api::error::PluginError::from)?;
+            self.step(shared, id, anew).await?;
             tracing::warn!(job = id, why = order.why, "A job was not settled; trying again later.");
         } else {
             tracing::info!(job = id, "Job is to be settled: its client has said nothing.");

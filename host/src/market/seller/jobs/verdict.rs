@@ -1,6 +1,6 @@
 //! Whether a posted job is worth taking, from what it says and how this node stands. Nothing is asked here, and nothing is changed.
 
-use fabstir_plugin_api::chain::{Job, JobState, JobTerms, ModelId};
+use fabstir_plugin_api::chain::{Hash32, Job, JobState, JobTerms, ModelId};
 use fabstir_plugin_api::inference::Input;
 
 use crate::market::journal::jobs::JobRow;
@@ -10,6 +10,10 @@ use crate::scheduler::estimated_tokens;
 
 /// What is left of a job's time must be at least this long for its work. Seconds.
 pub const LEAST_DELIVER_S: u64 = 30;
+/// What is left of a job's time for its proof, besides what making it takes. Seconds.
+pub const LEAST_PROVE_S: u64 = 30;
+/// How much longer a proof may take than its processor time says.
+const PROVE_SHARE: u64 = 4;
 /// A fee must not be more than one part in this many of what a job can pay.
 pub const FEE_SHARE: u128 = 3;
 
@@ -93,7 +97,9 @@ impl Cause {
             Cause::Price => {
                 "They pay less than network.price_input_wei_per_mtok or price_output_wei_per_mtok: lower them to get such jobs."
             }
-            Cause::Proof => "They ask for a proof of the work, and this node makes none.",
+            Cause::Proof => {
+                "They ask for a proof that no prover plugin here makes for this chain, or for one too soon: `fabstir-node proof ls` shows which it makes."
+            }
             Cause::Bond => "They ask for a larger bond than market.max_bond_wei: raise it, with stake enough, to get such jobs.",
             Cause::Input => "Their input is not what its commitment says, or cannot be read: the client's doing.",
             Cause::TooLong => {
@@ -139,6 +145,15 @@ pub struct Served {
     pub is_free: bool,
 }
 
+/// A proof that this node can make.
+#[derive(Debug, Clone)]
+pub struct Proves {
+    pub kind: u8,
+    pub program: Hash32,
+    /// Processor time that it takes, in milliseconds, where it was measured.
+    pub takes_ms: Option<u64>,
+}
+
 /// How this node stands.
 #[derive(Debug, Clone)]
 pub struct Standing {
@@ -146,6 +161,7 @@ pub struct Standing {
     /// Whether plugins are on their way to being ready.
     pub is_starting: bool,
     pub can_store: bool,
+    pub proves: Vec<Proves>,
     /// Whether peers can fetch what it has stored. `None`: not yet.
     pub is_in_network: Option<bool>,
     pub prices: Prices,
@@ -174,9 +190,6 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     if terms.coin != NATIVE {
         return no(Cause::Coin, format!("it pays in {}", terms.coin));
     }
-    if terms.proof_kind != 0 {
-        return no(Cause::Proof, format!("it asks for a proof of kind {}", terms.proof_kind));
-    }
     let (input, output) = (terms.price_input_per_mtok.0, terms.price_output_per_mtok.0);
     if input < node.prices.input_per_mtok || output < node.prices.output_per_mtok {
         let Prices { input_per_mtok, output_per_mtok } = node.prices;
@@ -204,6 +217,19 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         return no(Cause::Amount, "its terms pay for no token of an answer".into());
     }
     let later = |cause, why: String| if node.is_starting { Verdict::Wait(cause, why) } else { Verdict::Decline(cause, why) };
+    if terms.proof_kind != 0 {
+        let known = node.proves.iter().find(|proves| proves.kind == terms.proof_kind && proves.program == terms.program);
+        let Some(known) = known else {
+            return later(
+                Cause::Proof,
+                format!("it asks for a proof of kind {} by the program {}", terms.proof_kind, terms.program),
+            );
+        };
+        let needed = LEAST_PROVE_S + known.takes_ms.unwrap_or(0).saturating_mul(PROVE_SHARE) / 1000;
+        if terms.prove_s < needed {
+            return no(Cause::Proof, format!("it gives {} s to prove, {needed} are needed", terms.prove_s));
+        }
+    }
     let models: Vec<&Served> = node.models.iter().filter(|model| model.id == terms.model).collect();
     if models.is_empty() {
         return later(Cause::Model, format!("the model {} is not served", terms.model));
@@ -253,9 +279,10 @@ pub enum OnChain {
     },
     /// Another node's.
     Taken,
-    /// Handed in by this node; its state is over then.
+    /// Handed in by this node; its state is over then. `owes_proof`: it is not paid without one.
     Delivered {
         until_s: u64,
+        owes_proof: bool,
     },
     Settled,
     Refunded,
@@ -277,7 +304,9 @@ pub fn compare(row: &JobRow, job: Option<&Job>, account: &str) -> OnChain {
         JobState::Unknown => OnChain::Unknown,
         _ if !ours => OnChain::Taken,
         JobState::Claimed => OnChain::Ours { until_s },
-        JobState::Delivered | JobState::Proven | JobState::Challenged => OnChain::Delivered { until_s },
+        JobState::Delivered | JobState::Proven | JobState::Challenged => {
+            OnChain::Delivered { until_s, owes_proof: job.terms.proof_kind != 0 && !job.proven }
+        }
         JobState::Settled => OnChain::Settled,
     }
 }
@@ -340,6 +369,7 @@ pub(crate) mod tests {
             model: None,
             attempt: 0,
             result: None,
+            proof: None,
             paid: None,
             seen_ms: 0,
             changed_ms: 0,
@@ -351,6 +381,7 @@ pub(crate) mod tests {
             models: vec![Served { name: "tiny".into(), id: row(1).terms.model, context: 200, is_free: true }],
             is_starting: false,
             can_store: true,
+            proves: vec![Proves { kind: 1, program: format!("0x{}", "11".repeat(32)), takes_ms: Some(10_000) }],
             is_in_network: Some(true),
             prices: Prices { input_per_mtok: 10, output_per_mtok: 20 },
             max_bond_wei: 5,
@@ -395,6 +426,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_proof_is_promised_only_where_it_can_be_made_in_time() {
+        let judged = |prove_s, program: &str, is_starting| {
+            let (mut row, mut node) = (row(1), node());
+            (row.terms.proof_kind, row.terms.prove_s, row.terms.program) = (1, prove_s, format!("0x{}", program.repeat(32)));
+            node.is_starting = is_starting;
+            judge(&row, &node)
+        };
+        assert_eq!(judged(70, "11", false), Verdict::Take("tiny".into()));
+        assert!(matches!(judged(69, "11", false), Verdict::Decline(Cause::Proof, _)));
+        assert!(matches!(judged(70, "22", false), Verdict::Decline(Cause::Proof, _)));
+        assert!(matches!(judged(70, "22", true), Verdict::Wait(Cause::Proof, _)));
+    }
+
+    #[test]
     fn what_may_come_is_waited_for() {
         let waiting = |change: &dyn Fn(&mut Standing)| {
             let mut node = node();
@@ -434,12 +479,21 @@ pub(crate) mod tests {
             host: host.map(str::to_owned),
             until_s: Some(9),
             attempts: 1,
+            proven: false,
         };
+        let delivered = |owes_proof| OnChain::Delivered { until_s: 9, owes_proof };
         assert_eq!(compare(&row, None, account), OnChain::Absent);
         assert_eq!(compare(&row, Some(&job(JobState::Open, None)), account), OnChain::Open);
         assert_eq!(compare(&row, Some(&job(JobState::Claimed, Some("0xaB"))), account), OnChain::Ours { until_s: 9 });
         assert_eq!(compare(&row, Some(&job(JobState::Claimed, Some("0xcc"))), account), OnChain::Taken);
-        assert_eq!(compare(&row, Some(&job(JobState::Delivered, Some("0xab"))), account), OnChain::Delivered { until_s: 9 });
+        assert_eq!(compare(&row, Some(&job(JobState::Delivered, Some("0xab"))), account), delivered(false));
+        let asks = |proven| {
+            let mut asks = row.clone();
+            asks.terms.proof_kind = 1;
+            let job = Job { terms: asks.terms.clone(), proven, ..job(JobState::Delivered, Some("0xab")) };
+            compare(&asks, Some(&job), account)
+        };
+        assert_eq!((asks(false), asks(true)), (delivered(true), delivered(false)));
         let changed = |state| Job { input_commitment: "0x".into(), ..job(state, Some("0xab")) };
         assert_eq!(compare(&row, Some(&changed(JobState::Open)), account), OnChain::Another);
         assert_eq!(compare(&row, Some(&changed(JobState::Claimed)), account), OnChain::ClaimedAnother);

@@ -55,12 +55,15 @@ pub async fn order_is_carried_out(harness: &Harness) -> Result<Outcome> {
     ensure!(after.credit == start.credit, "posting a job has changed the credit from {} to {}", start.credit, after.credit);
 
     let terms = super::job_terms_of(&act);
-    let Job { client, terms: read, input_commitment, state, host, until_s, attempts } =
+    let Job { client, terms: read, input_commitment, state, host, until_s, attempts, proven } =
         actor.chain.job(&patient(), job, Sure::Latest).await.during("job")?;
     ensure!(same_account(&client, &actor.key.account), "the job was posted by {client}");
     ensure!(read == terms, "posted under {terms:?}, the job stands under {read:?}");
     ensure!(input_commitment == input, "the job's input is {input_commitment}, not {input}");
-    ensure!((state, attempts) == (JobState::Open, 0), "a job that was just posted is {state:?} after {attempts} attempts");
+    ensure!(
+        (state, attempts, proven) == (JobState::Open, 0, false),
+        "a new job is {state:?} after {attempts} attempts, proven: {proven}"
+    );
     ensure!(host.is_none(), "a job that nobody has claimed is held by {host:?}");
     ensure!(until_s == Some(terms.claim_by_s), "a job to be claimed by {} is open until {until_s:?}", terms.claim_by_s);
     let (told, event_terms) = actor.posted_once(&input).await?;

@@ -1,0 +1,579 @@
+//! `fabstir-node prove`, `verify` and `proof`: proofs of work, made and checked with the prover plugins of the configuration.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use fabstir_plugin_api::chain::{Hash32, JobId, Sure};
+use fabstir_plugin_api::error::{Code, PluginError};
+use fabstir_plugin_api::prover::{About, Claim, Estimate, Proof, ProofKind, Prover, Statement, Task, Witness};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::account::{cx, of_plugin, with_chain};
+use super::network::on_threads;
+use super::{ConfigArgs, Failure, log, print, table};
+use crate::config::Config;
+use crate::market::proving;
+use crate::supervisor::{Alone, entries};
+
+/// The longest that a proof may take to be made.
+const PROVE: Duration = Duration::from_secs(3600);
+/// The largest file of a proof, in bytes.
+const MAX_FILE: u64 = 16 << 20;
+/// What the subject of a proof that is about no posted job is made of, besides what it is about.
+const SUBJECT: &str = "fabstir-node 2026 subject of a proof about no job";
+
+/// Proves something about a model, an input and an output.
+///
+/// What is proven is what the statement says, and nothing more: `proof ls` shows each in words. The proof goes to a file, from which
+/// `verify` checks it and `proof show` tells what it is.
+#[derive(Debug, Args)]
+pub struct Prove {
+    /// What is to be proven, as `proof ls` calls it.
+    statement: String,
+
+    /// The model's digest: 64 hexadecimal digits, as `find --json` shows them.
+    #[arg(long, value_name = "DIGEST", value_parser = digest)]
+    model: String,
+
+    /// The file with the input.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+
+    /// The file with the output.
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+
+    /// For an ONNX model: a JSON file with its inputs, a list of lists of numbers, each flattened in row-major order.
+    #[arg(long, value_name = "FILE")]
+    values: Option<PathBuf>,
+
+    /// Where the proof goes.
+    #[arg(long, short = 'o', value_name = "FILE", default_value = "proof.json")]
+    out: PathBuf,
+
+    #[command(flatten)]
+    shared: Shared,
+}
+
+/// Checks a proof from a file.
+///
+/// It holds only if its statement is one of a prover plugin here, under the same keys. Without --input and --output, what it is about is
+/// taken as it stands in the file; with --job, it must be about that job of the market, as the chain has it. Exits with 1 if it does not
+/// hold, or cannot be checked.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The proof's file.
+    file: PathBuf,
+
+    /// The file that must be its input.
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+
+    /// The file that must be its output.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+
+    /// The job that it must be about.
+    #[arg(long, value_name = "NUMBER")]
+    job: Option<JobId>,
+
+    #[command(flatten)]
+    shared: Shared,
+}
+
+/// Shows what can be proven here, and what a proof says.
+#[derive(Debug, Args)]
+pub struct ProofCommand {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Lists what the prover plugins can prove, in words.
+    Ls(Shared),
+    /// Makes the keys of a statement, which its first proof would do otherwise.
+    Prepare {
+        /// What is to be proven, as `proof ls` calls it.
+        statement: String,
+        #[command(flatten)]
+        shared: Shared,
+    },
+    /// Shows what a proof in a file says, what it leaves open, and what it is about. Checks nothing.
+    Show {
+        /// The proof's file.
+        file: PathBuf,
+    },
+    /// Writes the contract that checks proofs of a statement, ready to be deployed.
+    ///
+    /// `verifier.mjs` beside the market's contracts deploys the file and names it in ProofHub.
+    Contract {
+        /// What is to be proven, as `proof ls` calls it.
+        statement: String,
+        /// Where the contract goes.
+        #[arg(long, short = 'o', value_name = "FILE", default_value = "verifier.json")]
+        out: PathBuf,
+        #[command(flatten)]
+        shared: Shared,
+    },
+}
+
+/// What the commands share that start prover plugins.
+#[derive(Debug, Args)]
+struct Shared {
+    /// The plugin to use, by its id. Without it, every prover of the configuration.
+    #[arg(long, value_name = "ID")]
+    plugin: Option<String>,
+
+    /// What is logged, to standard error.
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    log: String,
+
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+/// A proof, and what its maker says that it means.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProofFile {
+    statement: Statement,
+    about: About,
+    claim: Claim,
+    /// Bytes as `0x` and hexadecimal digits.
+    public_inputs: String,
+    proof: String,
+}
+
+/// A prover that runs for this command, and what it says.
+struct Running {
+    plugin: String,
+    alone: Alone<dyn Prover>,
+    statements: Vec<Statement>,
+}
+
+fn digest(text: &str) -> Result<String, String> {
+    match text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        true => Ok(text.to_lowercase()),
+        false => Err("64 hexadecimal digits were expected".into()),
+    }
+}
+
+impl Shared {
+    fn prepare(&self, json: bool) -> Result<Config, Failure> {
+        let config = self.config.load()?.config;
+        log::start(&self.log, json)?;
+        Ok(config)
+    }
+
+    /// Starts the provers, works with them and ends them.
+    fn with_provers<T>(&self, config: &Config, work: impl AsyncFnOnce(&[Running]) -> Result<T, Failure>) -> Result<T, Failure> {
+        on_threads(async {
+            let known = entries::<dyn Prover>(config);
+            let meant: Vec<_> = known.iter().filter(|entry| self.plugin.as_ref().is_none_or(|id| *id == entry.id)).collect();
+            if meant.is_empty() {
+                let ids: Vec<&str> = known.iter().map(|entry| entry.id.as_str()).collect();
+                let message = match (&self.plugin, &ids[..]) {
+                    (Some(id), [_, ..]) => format!("no prover of the configuration is called `{id}`; there are {}", ids.join(", ")),
+                    _ => "no plugin of the configuration is a prover: add one to plugins.toml, as the comments of the shipped file show".into(),
+                };
+                return Err(Failure::new(Failure::CONFIG, "no_prover", message));
+            }
+            let mut running = Vec::new();
+            let begun = async {
+                for entry in meant {
+                    let alone = Alone::start_entry(config.clone(), entry.clone(), |routes| &routes.prover).await?;
+                    let statements = alone.client.statements(&cx()).await;
+                    running.push(Running { plugin: entry.id.clone(), alone, statements: Vec::new() });
+                    let last = running.last_mut().expect("was just added");
+                    last.statements = statements.map_err(|error| of_plugin(&error))?;
+                }
+                Ok(())
+            };
+            let done = match begun.await {
+                Ok(()) => work(&running).await,
+                Err(failure) => Err(failure),
+            };
+            for one in running {
+                one.alone.end().await;
+            }
+            done
+        })
+    }
+}
+
+/// The prover of a statement.
+fn prover_of<'a>(running: &'a [Running], id: &str) -> Result<(&'a Running, &'a Statement), Failure> {
+    let found = |one: &'a Running| one.statements.iter().find(|statement| statement.id == id).map(|statement| (one, statement));
+    running.iter().find_map(found).ok_or_else(|| {
+        let known: Vec<&str> =
+            running.iter().flat_map(|one| one.statements.iter().map(|statement| statement.id.as_str())).collect();
+        Failure::new(
+            Failure::FAILED,
+            "no_statement",
+            format!("`{id}` is no statement of a prover here; there are {}", known.join(", ")),
+        )
+    })
+}
+
+fn unproven(error: &PluginError) -> Failure {
+    match error.code {
+        Code::InvalidArgument => Failure::new(Failure::FAILED, "untrue", format!("there is no such proof: {error}")),
+        _ => of_plugin(error),
+    }
+}
+
+/// The hash of a file's bytes, as commitments have it.
+fn commitment(path: &Path) -> Result<Hash32, Failure> {
+    let cannot = |error| Failure::new(Failure::FAILED, "file", format!("{} cannot be read: {error}", path.display()));
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(fs::File::open(path).map_err(cannot)?).map_err(cannot)?;
+    Ok(format!("0x{}", hasher.finalize().to_hex()))
+}
+
+/// The subject of a proof that is about no posted job.
+fn subject(model: &str, input: &str, output: &str) -> Hash32 {
+    let mut hasher = blake3::Hasher::new_derive_key(SUBJECT);
+    for part in [model, input, output] {
+        hasher.update(part.as_bytes()).update(b"\n");
+    }
+    // One byte less, so that it is an element of every 254-bit field.
+    let hash = hasher.finalize();
+    format!("0x00{}", hex::encode(&hash.as_bytes()[..31]))
+}
+
+fn write(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(Failure::FAILED, "file", error))?;
+    let cannot = |error| Failure::new(Failure::FAILED, "file", format!("{} cannot be written: {error}", path.display()));
+    fs::write(path, format!("{text}\n")).map_err(cannot)
+}
+
+fn read(path: &Path) -> Result<ProofFile, Failure> {
+    let cannot = |why: String| Failure::new(Failure::FAILED, "file", format!("{} is no proof: {why}", path.display()));
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(|error| cannot(error.to_string()))?;
+    file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(|error| cannot(error.to_string()))?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(cannot(format!("it has more than {MAX_FILE} bytes")));
+    }
+    serde_json::from_str(&text).map_err(|error| cannot(error.to_string()))
+}
+
+impl ProofFile {
+    fn of(statement: Statement, proof: Proof) -> Self {
+        let text = |bytes: &[u8]| format!("0x{}", hex::encode(bytes));
+        let statement = Statement { program: Some(proof.program), ..statement };
+        Self {
+            statement,
+            about: proof.about,
+            claim: proof.claim,
+            public_inputs: text(&proof.public_inputs),
+            proof: text(&proof.proof),
+        }
+    }
+
+    fn proof(&self, path: &Path) -> Result<Proof, Failure> {
+        let bytes = |name: &str, text: &str| {
+            let digits = text.strip_prefix("0x").and_then(|digits| hex::decode(digits).ok());
+            let message = || format!("{}: `{name}` is no text of 0x and hexadecimal digits", path.display());
+            digits.ok_or_else(|| Failure::new(Failure::FAILED, "file", message()))
+        };
+        let program = self.statement.program.clone();
+        let none = || Failure::new(Failure::FAILED, "file", format!("{}: its statement names no program", path.display()));
+        Ok(Proof {
+            statement: self.statement.id.clone(),
+            system: self.statement.system.clone(),
+            program: program.ok_or_else(none)?,
+            about: self.about.clone(),
+            claim: self.claim.clone(),
+            public_inputs: bytes("public_inputs", &self.public_inputs)?,
+            proof: bytes("proof", &self.proof)?,
+        })
+    }
+}
+
+impl Prove {
+    pub fn execute(self, json: bool) -> Result<(), Failure> {
+        let config = self.shared.prepare(json)?;
+        let (input, output) = (commitment(&self.input)?, commitment(&self.output)?);
+        let subject = subject(&self.model, &input, &output);
+        let about = About { subject, job: None, model: self.model.clone(), input, output };
+        let witness = self.witness()?;
+        let file = self.shared.with_provers(&config, async |running| {
+            let (prover, statement) = prover_of(running, &self.statement)?;
+            let client = &*prover.alone.client;
+            let statement = match statement.program {
+                Some(_) => statement.clone(),
+                None => proving::prepared(client, &statement.id).await.map_err(|error| of_plugin(&error))?,
+            };
+            let program = statement.program.clone().unwrap_or_default();
+            let task = Task { statement: statement.id.clone(), about, witness };
+            let proof = proving::prove(client, &program, task, PROVE).await.map_err(|error| unproven(&error))?;
+            Ok(ProofFile::of(statement, proof))
+        })?;
+        write(&self.out, &file)?;
+        let text = format!(
+            "{} holds the proof, of {} bytes.\n{}",
+            self.out.display(),
+            (file.proof.len() - 2) / 2,
+            words(&file.statement)
+        );
+        Ok(print(json, &json!(file), text)?)
+    }
+
+    fn witness(&self) -> Result<Witness, Failure> {
+        let Some(path) = &self.values else { return Ok(Witness::None) };
+        let cannot = |why: String| Failure::new(Failure::FAILED, "file", format!("{} has no inputs: {why}", path.display()));
+        let text = fs::read_to_string(path).map_err(|error| cannot(error.to_string()))?;
+        Ok(Witness::Inputs(serde_json::from_str(&text).map_err(|error| cannot(error.to_string()))?))
+    }
+}
+
+impl Verify {
+    pub fn execute(self, json: bool) -> Result<(), Failure> {
+        let config = self.shared.prepare(json)?;
+        let file = read(&self.file)?;
+        let proof = file.proof(&self.file)?;
+        self.check_files(&proof.about)?;
+        self.check_subject(&config, &proof)?;
+        let (statement, verdict) = self.shared.with_provers(&config, async |running| {
+            let mut unknown =
+                PluginError::not_found(format!("no prover here proves `{}` by the program {}", proof.statement, proof.program));
+            for one in running {
+                let is_it = |known: &&Statement| {
+                    known.kind == file.statement.kind
+                        && known.system == proof.system
+                        && known.program.as_ref() == Some(&proof.program)
+                };
+                let Some(known) = one.statements.iter().find(is_it) else { continue };
+                // Named as the prover here names it.
+                let proof = Proof { statement: known.id.clone(), ..proof.clone() };
+                match one.alone.client.verify(&cx().with_timeout(PROVE), proof).await {
+                    Ok(verdict) => return Ok((known.clone(), verdict)),
+                    Err(error) => unknown = error,
+                }
+            }
+            let message = format!("it could not be checked, which says nothing about it: {unknown}");
+            Err(Failure::new(Failure::FAILED, "unchecked", message))
+        })?;
+        if !verdict.holds {
+            let why = verdict.why.unwrap_or_else(|| "the prover does not say why".into());
+            return Err(Failure::new(Failure::FAILED, "does_not_hold", format!("the proof does not hold: {why}")));
+        }
+        let value = json!({ "holds": true, "statement": statement, "about": file.about, "claim": file.claim });
+        Ok(print(json, &value, format!("The proof holds.\n{}\n{}", words(&statement), about_words(&file)))?)
+    }
+
+    fn check_files(&self, about: &About) -> Result<(), Failure> {
+        for (name, path, stated) in [("input", &self.input, &about.input), ("output", &self.output, &about.output)] {
+            let Some(path) = path else { continue };
+            if commitment(path)? != *stated {
+                let message = format!("the proof is not about this {name}: {} has another hash", path.display());
+                return Err(Failure::new(Failure::FAILED, "does_not_hold", message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the proof is about the job, or about none.
+    fn check_subject(&self, config: &Config, proof: &Proof) -> Result<(), Failure> {
+        let About { subject: stated, job, model, input, output } = &proof.about;
+        let not = |message: String| Err(Failure::new(Failure::FAILED, "does_not_hold", message));
+        let Some(id) = self.job else {
+            return match (job, subject(model, input, output) == *stated) {
+                (None, true) => Ok(()),
+                (Some(job), _) => {
+                    let message = format!("it is about a job of a market: give --job {job}, so that the chain can be asked");
+                    Err(Failure::new(Failure::USAGE, "usage", message))
+                }
+                (None, false) => not("its subject is not made from its model, input and output".into()),
+            };
+        };
+        let (subject, terms) = on_threads(with_chain(config, async |chain| {
+            let subject = chain.subject(&cx(), id, Sure::Latest).await.map_err(|error| of_plugin(&error))?;
+            Ok((subject, chain.job(&cx(), id, Sure::Latest).await.map_err(|error| of_plugin(&error))?.terms))
+        }))?;
+        if subject != *stated {
+            return not(format!("the proof is about something else than job {id} of this market"));
+        }
+        if terms.proof_kind != 0 && terms.program != proof.program {
+            return not(format!("job {id} asks for a proof by the program {}, this one is by {}", terms.program, proof.program));
+        }
+        Ok(())
+    }
+}
+
+impl ProofCommand {
+    pub fn execute(self, json: bool) -> Result<(), Failure> {
+        match self.action {
+            Action::Ls(shared) => ls(&shared, json),
+            Action::Prepare { statement, shared } => {
+                let config = shared.prepare(json)?;
+                let made = shared.with_provers(&config, async |running| {
+                    let (prover, statement) = prover_of(running, &statement)?;
+                    proving::prepared(&*prover.alone.client, &statement.id).await.map_err(|error| of_plugin(&error))
+                })?;
+                let text = format!("{} is ready; its program is {}", made.id, made.program.as_deref().unwrap_or("not told"));
+                Ok(print(json, &json!(made), text)?)
+            }
+            Action::Show { file } => {
+                let proof = read(&file)?;
+                let text = format!(
+                    "Its maker says the following; `verify` checks it.\n{}\n{}\n{} bytes of proof, {} of public inputs",
+                    words(&proof.statement),
+                    about_words(&proof),
+                    (proof.proof.len().saturating_sub(2)) / 2,
+                    (proof.public_inputs.len().saturating_sub(2)) / 2,
+                );
+                Ok(print(json, &json!(proof), text)?)
+            }
+            Action::Contract { statement, out, shared } => contract(&shared, &statement, &out, json),
+        }
+    }
+}
+
+fn ls(shared: &Shared, json: bool) -> Result<(), Failure> {
+    let config = shared.prepare(json)?;
+    let known = shared.with_provers(&config, async |running| {
+        let mut known = Vec::new();
+        for one in running {
+            for statement in &one.statements {
+                let estimate = one.alone.client.estimate(&cx(), statement.id.clone()).await.map_err(|error| of_plugin(&error))?;
+                known.push((one.plugin.clone(), statement.clone(), estimate));
+            }
+        }
+        Ok(known)
+    })?;
+    let lines: Vec<String> = known.iter().map(|(plugin, statement, estimate)| told(plugin, statement, estimate)).collect();
+    let values: Vec<_> = known
+        .iter()
+        .map(|(plugin, statement, estimate)| json!({ "plugin": plugin, "statement": statement, "estimate": estimate }))
+        .collect();
+    Ok(print(json, &json!({ "statements": values }), lines.join("\n\n"))?)
+}
+
+fn contract(shared: &Shared, id: &str, out: &Path, json: bool) -> Result<(), Failure> {
+    let config = shared.prepare(json)?;
+    let (statement, contract) = shared.with_provers(&config, async |running| {
+        let (prover, statement) = prover_of(running, id)?;
+        let statement = match statement.program {
+            Some(_) => statement.clone(),
+            None => proving::prepared(&*prover.alone.client, &statement.id).await.map_err(|error| of_plugin(&error))?,
+        };
+        let contract = prover.alone.client.verifier(&cx(), statement.id.clone()).await.map_err(|error| match error.code {
+            Code::Unimplemented => {
+                let message = format!("no contract can check proofs of `{id}`: {} makes none", prover.plugin);
+                Failure::new(Failure::FAILED, "no_contract", message)
+            }
+            _ => of_plugin(&error),
+        })?;
+        Ok((statement, contract))
+    })?;
+    let creation: Vec<String> = contract.creation.iter().map(|code| format!("0x{}", hex::encode(code))).collect();
+    let says = format!("{} It leaves open: {} It trusts: {}", statement.says, statement.leaves_open, statement.trusts);
+    let value = json!({
+        "name": contract.name, "kind": statement.kind.number(), "program": statement.program, "statement": says, "creation": creation,
+        "is_development": statement.is_development,
+    });
+    write(out, &value)?;
+    let text = format!("{} holds the contract {} for proofs of `{}`", out.display(), contract.name, statement.id);
+    Ok(print(json, &value, text)?)
+}
+
+fn kind_word(kind: ProofKind) -> String {
+    json!(kind).as_str().unwrap_or("unknown").to_owned()
+}
+
+/// What a statement is, in words.
+fn words(statement: &Statement) -> String {
+    let set_up = match statement.is_development {
+        true => "for development: whoever made the keys could forge proofs",
+        false => "as the statement says under trusts",
+    };
+    let mut rows = vec![
+        ["statement".to_owned(), format!("{} ({}, {})", statement.id, kind_word(statement.kind), statement.system)],
+        ["program".into(), statement.program.clone().unwrap_or_else(|| "none yet: `proof prepare` makes its keys".into())],
+        ["says".into(), statement.says.clone()],
+        ["leaves open".into(), statement.leaves_open.clone()],
+        ["trusts".into(), statement.trusts.clone()],
+        ["set-up".into(), set_up.into()],
+    ];
+    rows.extend(statement.model.as_ref().map(|model| ["model".into(), model.clone()]));
+    table(&rows)
+}
+
+fn told(plugin: &str, statement: &Statement, estimate: &Estimate) -> String {
+    let ms = |ms: Option<u64>| ms.map_or("not measured here yet".into(), |ms| format!("{:.1} CPU seconds", ms as f64 / 1000.0));
+    let takes = format!("{} to prove, {} to prepare", ms(estimate.prove_cpu_ms), ms(estimate.prepare_cpu_ms));
+    format!("{}\n{}", words(statement), table(&[["takes      ".into(), takes], ["plugin".into(), plugin.to_owned()]]))
+}
+
+/// What a proof is about, in words.
+fn about_words(file: &ProofFile) -> String {
+    let About { subject, job, model, input, output } = &file.about;
+    let about = job.map_or("no posted job".to_owned(), |job| format!("job {job}"));
+    let mut rows = vec![
+        ["about      ".to_owned(), format!("{about}, subject {subject}")],
+        ["model".into(), model.clone()],
+        ["input".into(), input.clone()],
+        ["output".into(), output.clone()],
+    ];
+    rows.extend(match &file.claim {
+        Claim::Token { position, token, state } => {
+            Some(["claim".into(), format!("at position {position} token {token}, for the state {state}")])
+        }
+        Claim::Outputs { outputs, .. } => Some(["claim".into(), format!("outputs {outputs:?}")]),
+        Claim::None | Claim::Unknown => None,
+    });
+    table(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_is_of_all_three_and_fits_every_field() {
+        let one = subject("a", "b", "c");
+        assert!(one.starts_with("0x00") && one.len() == 66);
+        for other in [subject("x", "b", "c"), subject("a", "x", "c"), subject("a", "b", "x"), subject("ab", "", "c")] {
+            assert_ne!(one, other);
+        }
+    }
+
+    #[test]
+    fn a_file_gives_back_the_proof_that_went_in() {
+        let word = |digit: &str| format!("0x{}", digit.repeat(64));
+        let about = About { subject: word("1"), job: Some(7), model: "2".repeat(64), input: word("3"), output: word("4") };
+        let proof = Proof {
+            statement: "commitment".into(),
+            system: "groth16-bn254".into(),
+            program: word("5"),
+            about,
+            claim: Claim::None,
+            public_inputs: vec![1, 2],
+            proof: vec![0, 255],
+        };
+        let statement = Statement {
+            id: "commitment".into(),
+            kind: ProofKind::Commitment,
+            system: "groth16-bn254".into(),
+            program: None,
+            model: None,
+            says: "s".into(),
+            leaves_open: "l".into(),
+            trusts: "t".into(),
+            is_development: true,
+        };
+        let file = ProofFile::of(statement, proof.clone());
+        let text = serde_json::to_string(&file).expect("JSON");
+        let mut back: ProofFile = serde_json::from_str(&text).expect("reads back");
+        assert_eq!(back.proof(Path::new("f")).expect("is whole"), proof);
+        back.proof = "0x0".into();
+        assert!(back.proof(Path::new("f")).is_err());
+    }
+}

@@ -1,0 +1,177 @@
+//! Proofs of posted jobs: which of the prover plugins can make one that a job asks for, and having it made.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fabstir_plugin_api::chain::{ChainNetwork, Hash32};
+use fabstir_plugin_api::context::Cx;
+use fabstir_plugin_api::error::{Code, PluginError, Result};
+use fabstir_plugin_api::prover::{Preparing, Proof, ProofKind, Prover, Proving, Statement, Task};
+
+use crate::routes::Routes;
+
+/// How long a prover may take to say what it proves.
+const ASK: Duration = Duration::from_secs(5);
+/// How long it may take to make its keys. A quarter of an hour is what the largest circuits take that fit into a contract.
+const PREPARE: Duration = Duration::from_secs(1800);
+
+/// A statement that can be proven now, and who proves it.
+#[derive(Clone)]
+pub struct Provable {
+    pub kind: ProofKind,
+    pub program: Hash32,
+    pub statement: Statement,
+    /// Processor time that a proof takes, in milliseconds, where it was measured.
+    pub takes_ms: Option<u64>,
+    pub prover: Arc<dyn Prover>,
+}
+
+impl Provable {
+    /// Whether its proofs are what a job asks for.
+    pub fn is_of(&self, kind: u8, program: &str) -> bool {
+        self.kind.number() == Some(kind) && self.program == program
+    }
+}
+
+/// What can be proven now, and whether more is on its way.
+#[derive(Default)]
+pub struct Provables {
+    pub ready: Vec<Provable>,
+    pub is_preparing: bool,
+}
+
+/// Whether money on a chain is worth nothing: the numbers of the development chains of Hardhat, anvil and Ganache.
+pub fn is_development(network: &ChainNetwork) -> bool {
+    matches!(network.chain.as_str(), "eip155:31337" | "eip155:1337")
+}
+
+/// What the prover plugins can prove now for jobs of a chain. Where somebody may know the secret of a set-up, its proofs are for
+/// development chains alone.
+pub async fn provable(routes: &Routes, network: &ChainNetwork) -> Provables {
+    let mut found = Provables::default();
+    for route in &routes.prover {
+        let cx = Cx::new().with_timeout(ASK);
+        let statements = match route.client.statements(&cx).await {
+            Ok(statements) => statements,
+            Err(error) => {
+                tracing::warn!(plugin = %route.plugin, %error, "A prover does not say what it proves.");
+                continue;
+            }
+        };
+        for statement in statements {
+            if statement.is_development && !is_development(network) {
+                continue;
+            }
+            let Some(program) = statement.program.clone() else {
+                found.is_preparing = true;
+                continue;
+            };
+            let takes_ms = route.client.estimate(&cx, statement.id.clone()).await.ok().and_then(|estimate| estimate.prove_cpu_ms);
+            let kind = statement.kind;
+            found.ready.push(Provable { kind, program, statement, takes_ms, prover: route.client.clone() });
+        }
+    }
+    found
+}
+
+/// Makes the keys of every statement that has none yet, one after the other.
+pub async fn prepare(routes: &Routes, network: &ChainNetwork) {
+    for route in &routes.prover {
+        let Ok(statements) = route.client.statements(&Cx::new().with_timeout(ASK)).await else { continue };
+        for statement in statements.into_iter().filter(|statement| statement.program.is_none()) {
+            if statement.is_development && !is_development(network) {
+                tracing::warn!(
+                    plugin = %route.plugin, statement = statement.id, chain = network.chain,
+                    "Its set-up is for development, so that no proofs of it are made for jobs of this chain."
+                );
+                continue;
+            }
+            tracing::info!(plugin = %route.plugin, statement = statement.id, "Making the keys of proofs.");
+            match prepared(&*route.client, &statement.id).await {
+                Ok(statement) => {
+                    tracing::info!(plugin = %route.plugin, statement = statement.id, program = statement.program, "Jobs can be proven.");
+                }
+                Err(error) => {
+                    tracing::error!(plugin = %route.plugin, statement = statement.id, %error, "No keys of proofs could be made.");
+                }
+            }
+        }
+    }
+}
+
+/// Makes what proofs of a statement need.
+pub async fn prepared(prover: &dyn Prover, statement: &str) -> Result<Statement> {
+    let mut steps = prover.prepare(&Cx::new().with_timeout(PREPARE), statement.to_owned()).await?;
+    while let Some(step) = steps.next().await {
+        match step? {
+            Preparing::Ready(statement) => return Ok(statement),
+            Preparing::Progress(stage) => {
+                tracing::debug!(statement, doing = stage.doing, percent = stage.percent, "Preparing proofs.")
+            }
+            Preparing::Unknown => {}
+        }
+    }
+    Err(PluginError::new(Code::Internal, "the prover ended its work without a last word"))
+}
+
+/// Makes a proof, and compares it with what was asked for.
+pub async fn prove(prover: &dyn Prover, program: &str, task: Task, within: Duration) -> Result<Proof> {
+    let about = task.about.clone();
+    let mut steps = prover.prove(&Cx::new().with_timeout(within), task).await?;
+    while let Some(step) = steps.next().await {
+        match step? {
+            Proving::Proof(proof) => {
+                let is_asked =
+                    proof.program == program && proof.about == about && starts_with(&proof.public_inputs, &about.subject);
+                return match is_asked {
+                    true => Ok(proof),
+                    false => Err(PluginError::new(Code::Internal, "the prover has proven something else than was asked for")),
+                };
+            }
+            Proving::Progress(stage) => {
+                tracing::debug!(doing = stage.doing, percent = stage.percent, left_ms = stage.left_ms, "Proving.")
+            }
+            Proving::Unknown => {}
+        }
+    }
+    Err(PluginError::new(Code::Internal, "the prover ended its work without a proof"))
+}
+
+/// Whether public inputs name this subject, as the contract reads them.
+fn starts_with(public_inputs: &[u8], subject: &str) -> bool {
+    let word = subject.strip_prefix("0x").and_then(|digits| hex::decode(digits).ok());
+    word.is_some_and(|word| word.len() == 32 && public_inputs.starts_with(&word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn public_inputs_begin_with_the_whole_subject() {
+        let subject = format!("0x00{}", "ab".repeat(31));
+        let mut inputs = hex::decode(subject.trim_start_matches("0x")).expect("digits");
+        assert!(starts_with(&inputs, &subject));
+        inputs.push(7);
+        assert!(starts_with(&inputs, &subject));
+        assert!(!starts_with(&inputs[..31], &subject));
+        assert!(!starts_with(&inputs, "0x"));
+        assert!(!starts_with(&inputs, "00ab"));
+        inputs[31] ^= 1;
+        assert!(!starts_with(&inputs, &subject));
+    }
+
+    #[test]
+    fn only_chains_whose_money_is_worth_nothing_are_for_development() {
+        let on = |chain: &str| {
+            is_development(&ChainNetwork {
+                chain: chain.into(),
+                coin: String::new(),
+                contracts: Vec::new(),
+                domain: String::new(),
+            })
+        };
+        assert!(on("eip155:31337") && on("eip155:1337"));
+        assert!(!on("eip155:8453") && !on("eip155:84532") && !on("eip155:1") && !on(""));
+    }
+}
