@@ -45,6 +45,15 @@ pub trait Prover: Send + Sync {
     /// `Full` as in `prepare`; `Unavailable` when the work was ended from outside.
     async fn prove(&self, cx: &Cx, task: Task) -> Result<Stream<Proving>>;
 
+    /// The root over tokens and states of an output, one state before each token, that a proof of an output head is made under. It is
+    /// handed in before anybody knows at which positions a proof will be asked for. Needs no keys.
+    ///
+    /// # Errors
+    /// `NotFound`. `InvalidArgument` for a statement that is about no states, and where at some position there would be no proof: the
+    /// message names it.
+    #[optional]
+    async fn trace(&self, cx: &Cx, statement: String, tokens: Vec<u32>, states: Vec<Vec<f32>>) -> Result<Hash32>;
+
     /// Checks a proof. The public inputs are made anew from `proof.about` and `proof.claim`, so that what holds is what those say: a
     /// proof of something else does not hold.
     ///
@@ -194,9 +203,9 @@ pub struct Task {
 pub enum Witness {
     /// Of a commitment: what [`About`] has is all.
     None,
-    /// Of an output head: the model's last state at one position of the output, after the final norm and before the head, and the token
-    /// that was chosen there.
-    State { position: u32, values: Vec<f32>, token: u32 },
+    /// Of an output head: the tokens of the output, and the model's last state before each, after the final norm and before the head.
+    /// `draw` says at which positions the proof is made: for a posted job it is [`Chain::draw`](crate::chain::Chain::draw).
+    Answer { tokens: Vec<u32>, states: Vec<Vec<f32>>, draw: Hash32 },
     /// Of an ONNX model: its inputs, each flattened in row-major order.
     Inputs(Vec<Vec<f32>>),
     #[serde(other)]
@@ -209,8 +218,8 @@ pub enum Witness {
 pub enum Claim {
     /// Nothing more.
     None,
-    /// At this position the head chooses this token for the state with this commitment.
-    Token { position: u32, token: u32, state: Hash32 },
+    /// At the positions that `draw` gives, of `tokens` ones, the head chooses the token for the state under the root `trace`.
+    Answer { trace: Hash32, tokens: u32, draw: Hash32 },
     /// The model gives these outputs; `inputs` is their commitment.
     Outputs { inputs: Hash32, outputs: Vec<Vec<f32>> },
     #[serde(other)]

@@ -24,6 +24,8 @@ mod network;
 mod paying;
 #[path = "node/posting.rs"]
 mod posting;
+#[path = "node/proofs.rs"]
+mod proofs;
 #[path = "node/serving.rs"]
 mod serving;
 #[path = "node/vouchers.rs"]

@@ -122,6 +122,9 @@ pub struct JobRow {
     /// How often something was ordered for it that came to nothing: each time, orders have new keys.
     pub attempt: u32,
     pub result: Option<JobResult>,
+    /// The tokens of its result, where a proof needs them.
+    #[serde(skip)]
+    pub tokens: Vec<u32>,
     /// The proof that was made of it last.
     #[serde(skip)]
     pub proof: Option<Proof>,
@@ -138,6 +141,7 @@ pub struct Step {
     pub because: Option<(&'static str, String)>,
     pub model: Option<String>,
     pub result: Option<JobResult>,
+    pub tokens: Option<Vec<u32>>,
     pub proof: Option<Proof>,
     /// Whether what was ordered has come to nothing.
     pub anew: bool,
@@ -145,7 +149,7 @@ pub struct Step {
 
 impl Step {
     pub fn to(to: State) -> Step {
-        Step { to, because: None, model: None, result: None, proof: None, anew: false }
+        Step { to, because: None, model: None, result: None, tokens: None, proof: None, anew: false }
     }
 
     pub fn because(self, cause: &'static str, why: impl Into<String>) -> Step {
@@ -173,7 +177,7 @@ pub enum Meant {
 }
 
 const COLUMNS: &str = "id, client, terms, input_commitment, input_ref, block, state, cause, why, model, attempt, result, paid, \
-                       seen_ms, changed_ms, proof";
+                       seen_ms, changed_ms, proof, tokens";
 
 /// The rows in these states, the first posted first, at most so many.
 pub fn rows(connection: &Connection, states: &[State], most: usize) -> Result<Vec<JobRow>, JournalError> {
@@ -230,6 +234,7 @@ fn job(row: &Row<'_>) -> Result<JobRow, JournalError> {
     let result: Option<String> = row.get(11)?;
     let paid: Option<String> = row.get(12)?;
     let proof: Option<String> = row.get(15)?;
+    let tokens: Option<String> = row.get(16)?;
     let unread = |error: std::num::ParseIntError| JournalError::Corrupt(format!("a job was paid no amount: {error}"));
     Ok(JobRow {
         id: natural(0)?,
@@ -244,6 +249,7 @@ fn job(row: &Row<'_>) -> Result<JobRow, JournalError> {
         model: row.get(9)?,
         attempt: row.get(10)?,
         result: result.as_deref().map(value).transpose()?,
+        tokens: tokens.as_deref().map(value).transpose()?.unwrap_or_default(),
         proof: proof.as_deref().map(value).transpose()?,
         paid: paid.map(|paid| paid.parse().map_err(unread)).transpose()?,
         seen_ms: natural(13)?,
@@ -256,13 +262,14 @@ pub fn step(connection: &Connection, id: JobId, from: State, step: &Step) -> Res
     let (cause, why) = step.because.clone().unzip();
     let result = step.result.as_ref().map(text).transpose()?;
     let proof = step.proof.as_ref().map(text).transpose()?;
+    let tokens = step.tokens.as_ref().map(text).transpose()?;
     // What can never be worked on needs no input any more: it is the largest part of a row, and strangers write it.
     let is_over = matches!(step.to, State::Declined | State::Settled | State::Failed);
     let changed = connection.execute(
         "UPDATE jobs SET state = ?3, cause = coalesce(?4, cause), why = coalesce(?5, why), model = coalesce(?6, model), \
-         result = coalesce(?7, result), proof = coalesce(?11, proof), attempt = attempt + ?8, changed_ms = ?9, input_ref = iif(?10, '', input_ref) \
+         result = coalesce(?7, result), proof = coalesce(?11, proof), tokens = coalesce(?12, tokens), attempt = attempt + ?8, changed_ms = ?9, input_ref = iif(?10, '', input_ref) \
          WHERE id = ?1 AND state = ?2",
-        params![integer(id)?, from.word(), step.to.word(), cause, why, step.model, result, u32::from(step.anew), now()?, is_over, proof],
+        params![integer(id)?, from.word(), step.to.word(), cause, why, step.model, result, u32::from(step.anew), now()?, is_over, proof, tokens],
     )?;
     Ok(changed == 1)
 }

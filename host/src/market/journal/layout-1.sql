@@ -49,6 +49,8 @@ CREATE TABLE jobs (
     attempt          INTEGER NOT NULL DEFAULT 0,
     -- JobResult, as JSON, once it is stored.
     result           TEXT,
+    -- The result's tokens, as a JSON list, where a proof needs them.
+    tokens           TEXT,
     -- Proof, as JSON, once it is made.
     proof            TEXT,
     -- What the contract has paid out, once the job is settled.

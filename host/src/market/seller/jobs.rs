@@ -35,6 +35,7 @@ use crate::market::{Desk, DeskError};
 
 mod carrying;
 mod due;
+mod traced;
 mod verdict;
 
 pub use verdict::Cause;

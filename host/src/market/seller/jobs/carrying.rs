@@ -8,15 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::abi::Blob;
-use fabstir_plugin_api::chain::{Act, JobResult, JobTerms, Sure};
+use fabstir_plugin_api::chain::{Act, Hash32, JobResult, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
-use fabstir_plugin_api::inference::{Chunk, Input};
+use fabstir_plugin_api::inference::{Chunk, Done, Input};
 use fabstir_plugin_api::prover::{About, Proof, Task, Witness};
 use fabstir_plugin_api::storage::Expect;
 use fabstir_plugin_api::stream::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::traced::is_traced;
 use super::verdict::{Cause, OnChain, paid_output};
 use super::{AGAIN, CALL, Shared};
 use crate::clock::now_ms;
@@ -32,6 +33,8 @@ const MARGIN_S: u64 = 15;
 const FOLLOW: Duration = Duration::from_secs(60);
 /// How long after its last moment a claim may still be seen. Seconds.
 const LATE_S: u64 = 120;
+/// How long a prover may take to commit to an answer.
+const TRACE: Duration = Duration::from_secs(60);
 /// The pieces in which a result is stored.
 const PIECE: usize = 256 << 10;
 
@@ -204,21 +207,28 @@ impl Carrier {
             },
         };
         let end_s = until_s.saturating_sub(MARGIN_S);
-        let output = match self.output(&row, end_s).await? {
-            Ok(output) => output,
+        let (output, tokens) = match self.output(&row, end_s).await? {
+            Ok(answered) => answered,
             Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
+        };
+        let trace = match is_traced(&row.terms) {
+            false => None,
+            true => match self.trace(&row, &tokens).await? {
+                Ok(trace) => Some(trace),
+                Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
+            },
         };
         let result = match self.store(&row, &output, end_s).await? {
-            Ok(result) => result,
+            Ok(result) => JobResult { trace, ..result },
             Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
         };
-        let stored = self.step(&row, Step { result: Some(result), ..Step::to(State::Stored) }).await;
+        let stored = self.step(&row, Step { result: Some(result), tokens: Some(tokens), ..Step::to(State::Stored) }).await;
         self.slot = None;
         stored
     }
 
-    /// The model's answer, or why there is none to be had in time.
-    async fn output(&mut self, row: &JobRow, end_s: u64) -> Result<Result<JobOutput, (Cause, String)>, Trouble> {
+    /// The model's answer, with its tokens where they are traced, or why there is none to be had in time.
+    async fn output(&mut self, row: &JobRow, end_s: u64) -> Result<Result<Answered, (Cause, String)>, Trouble> {
         let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
             Ok(input) => input,
             Err(error) => return Ok(Err((Cause::Input, error.to_string()))),
@@ -235,7 +245,7 @@ impl Carrier {
             };
             self.coming = None;
             let refused = match self.generate(row, &input, &model.name, self.left(end_s)).await {
-                Ok(output) => return Ok(within_terms(row, output)),
+                Ok((output, tokens)) => return Ok(within_terms(row, output).map(|output| (output, tokens))),
                 Err(refused) => refused,
             };
             let because = |cause| Ok(Err((cause, refused.to_string())));
@@ -254,24 +264,52 @@ impl Carrier {
         }
     }
 
-    async fn generate(&self, row: &JobRow, input: &JobInput, model: &str, within: Duration) -> Result<JobOutput, Refused> {
+    async fn generate(&self, row: &JobRow, input: &JobInput, model: &str, within: Duration) -> Result<Answered, Refused> {
         // No more than is paid for, whatever the terms allow.
         let prompt_tokens = estimated_tokens(&Input::Messages(input.messages.clone()));
         let mut request = input.generation(model, paid_output(&row.terms, prompt_tokens));
         // One client's jobs may share what was read of their prompts; nobody else learns from the time it takes.
         request.cache_salt = format!("job:{}", row.client);
+        let is_traced = is_traced(&row.terms);
+        request.logprobs = is_traced.then_some(0);
         let mut answer = self.shared.seller.scheduler.generate(Cx::new().with_timeout(within), request).await?;
-        let mut text = String::new();
+        let (mut text, mut tokens) = (String::new(), Vec::new());
         loop {
             match answer.next().await {
-                Some(Ok(Chunk::Text(piece))) => text.push_str(&piece.text),
-                Some(Ok(Chunk::Done(done))) => return Ok(JobOutput { text, finish: done.finish, usage: done.usage }),
+                Some(Ok(Chunk::Text(piece))) => {
+                    text.push_str(&piece.text);
+                    tokens.extend(piece.logprobs.iter().map(|logprob| logprob.token));
+                }
+                Some(Ok(Chunk::Done(Done { finish, mut usage, .. }))) => {
+                    if is_traced {
+                        // What is counted is what can be proven.
+                        usage.completion_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+                    }
+                    return Ok((JobOutput { text, finish, usage }, tokens));
+                }
                 Some(Err(refused)) => return Err(refused),
                 None => {
                     let message = "the answer ended without its last piece".into();
                     return Err(Refused { code: Code::Internal, message, retry_after: None });
                 }
             }
+        }
+    }
+
+    /// The root over the answer's tokens and states, or why none of it could be proven.
+    async fn trace(&self, row: &JobRow, tokens: &[u32]) -> Result<Result<Hash32, (Cause, String)>, Trouble> {
+        let no = |why: String| Ok(Err((Cause::Proof, why)));
+        let Some(provable) = self.shared.provable(&row.terms).await else {
+            return no(format!("no prover plugin proves by the program {} any more", row.terms.program));
+        };
+        let states = match self.shared.states(row, tokens).await? {
+            Ok(states) => states,
+            Err((_, why)) => return no(why),
+        };
+        let id = provable.statement.id.clone();
+        match provable.prover.trace(&Cx::new().with_timeout(TRACE), id, tokens.to_vec(), states).await {
+            Ok(trace) => Ok(Ok(trace)),
+            Err(error) => no(error.to_string()),
         }
     }
 
@@ -377,10 +415,8 @@ impl Carrier {
         let Some(result) = &row.result else {
             return self.over(row, State::Failed, Cause::Proof, "its result is not in this node's journal").await;
         };
-        let JobTerms { proof_kind, program, .. } = &row.terms;
-        let routes = self.shared.seller.routes.borrow().clone();
-        let provable = proving::provable(&routes, &self.desk().network).await;
-        let Some(provable) = provable.ready.into_iter().find(|provable| provable.is_of(*proof_kind, program)) else {
+        let program = &row.terms.program;
+        let Some(provable) = self.shared.provable(&row.terms).await else {
             return Err(wait(format!("no prover plugin proves by the program {program} at the moment"), AGAIN));
         };
         let Some(model) = self.shared.digest(&row.terms.model).await? else {
@@ -389,7 +425,14 @@ impl Carrier {
         let subject = self.desk().chain.subject(&Cx::new().with_timeout(CALL), row.id, Sure::Latest).await?;
         let (input, output) = (row.input_commitment.clone(), result.output_commitment.clone());
         let about = About { subject, job: Some(row.id), model, input, output };
-        let task = Task { statement: provable.statement.id.clone(), about, witness: Witness::None };
+        let witness = match is_traced(&row.terms) {
+            false => Witness::None,
+            true => match self.shared.witness(row).await? {
+                Ok(witness) => witness,
+                Err((cause, why)) => return self.over(row, State::Failed, cause, why).await,
+            },
+        };
+        let task = Task { statement: provable.statement.id.clone(), about, witness };
         let begun = Instant::now();
         match proving::prove(&*provable.prover, program, task, self.left(end_s)).await {
             Ok(proof) => {
@@ -467,6 +510,9 @@ impl Carrier {
         self.step(row, Step::to(State::Failed)).await
     }
 }
+
+/// An answer, with its tokens where they are traced.
+type Answered = (JobOutput, Vec<u32>);
 
 /// The answer, if the job's terms pay for it.
 fn within_terms(row: &JobRow, mut output: JobOutput) -> Result<JobOutput, (Cause, String)> {

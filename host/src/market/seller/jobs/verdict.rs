@@ -2,6 +2,7 @@
 
 use fabstir_plugin_api::chain::{Hash32, Job, JobState, JobTerms, ModelId};
 use fabstir_plugin_api::inference::Input;
+use fabstir_plugin_api::prover::ProofKind;
 
 use crate::market::journal::jobs::JobRow;
 use crate::market::posting::{JobInput, PostingError};
@@ -208,6 +209,9 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         Err(error @ PostingError::TooLarge { .. }) => return no(Cause::TooLong, error.to_string()),
         Err(error) => return no(Cause::Input, error.to_string()),
     };
+    if ProofKind::OutputHead.number() == Some(terms.proof_kind) && input.temperature != Some(0.0) {
+        return no(Cause::Input, "only what always takes the likeliest token can be proven: its temperature is not 0".into());
+    }
     let tokens = estimated_tokens(&Input::Messages(input.messages));
     if tokens > terms.max_input_tokens {
         return no(Cause::TooLong, format!("its input has about {tokens} tokens, its terms pay for {}", terms.max_input_tokens));
@@ -369,6 +373,7 @@ pub(crate) mod tests {
             model: None,
             attempt: 0,
             result: None,
+            tokens: Vec::new(),
             proof: None,
             paid: None,
             seen_ms: 0,

@@ -1,0 +1,175 @@
+//! Proofs of posted jobs and of files, through the shipped binary, with real provers and a development chain.
+
+use std::fs;
+use std::process::Command;
+
+use fabstir_tests::dev_chain::DevChain;
+use fabstir_tests::market::{CLIENT, NODE, node_place, place};
+use fabstir_tests::peers::{NET, Provider};
+use fabstir_tests::{LIMIT, Node, Place, eventually, tiny_chat};
+use serde_json::Value;
+
+const STORAGE: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
+const GROTH16: &str = "[[plugin]]\nid = 'groth16'\nuse = 'prover-groth16'\n";
+const DIGEST: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+const MOST: &str = "0.1eth";
+
+/// As [`GROTH16`], with the head of the model that is served, of which two tokens are proven.
+fn head() -> String {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny-chat/tiny-chat-q8_0.gguf");
+    format!("{GROTH16}\n[plugin.config]\nsamples = 2\nmodels = [{{ name = 'tiny-chat', path = '{model}' }}]\n")
+}
+
+/// Deploys what checks proofs of a statement, and names it in ProofHub. Returns the program.
+fn verifier(chain: &DevChain, place: &Place, statement: &str) -> String {
+    let file = place.path().join("verifier.json");
+    let path = file.to_str().expect("a path of text");
+    let written = place.ran(&["proof", "contract", statement, "-o", path, "--json"]).json();
+    let config = chain.config();
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../plugins/chain-base/contracts/verifier.mjs");
+    let (rpc, proofs) = (text(&config["rpc"][0]), text(&config["contracts"]["proofs"]));
+    let deployed = Command::new("node").args([script, path, "--rpc", &rpc, "--proofs", &proofs]).output().expect("node runs");
+    assert!(deployed.status.success(), "{}", String::from_utf8_lossy(&deployed.stderr));
+    let deployed: Value = serde_json::from_slice(&deployed.stdout).expect("JSON");
+    assert_eq!(deployed["program"], written["program"]);
+    text(&written["program"])
+}
+
+/// A node that serves the small model and proves, with its contract deployed, and the program that it proves by.
+async fn proving_node(chain: &DevChain, prover: &str, statement: &str) -> (Provider, String) {
+    let place =
+        node_place(chain, NODE, "sure_above_wei = 1_000_000_000_000_000_000", &format!("{STORAGE}{prover}{}", tiny_chat()));
+    let program = verifier(chain, &place, statement);
+    let node = Node::launch(place, &[]);
+    node.healthy().await;
+    node.serves("tiny-chat").await;
+    node.logged(&["Acting in the market."]).await;
+    (Provider::of(node).await, program)
+}
+
+/// What `job post --wait` tells of a job with a proof.
+fn posted(client: &Place, node: &Provider, proof: &str, more: &[&str]) -> Value {
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--wait", "--proof", proof];
+    let bootstrap = ["--bootstrap", node.address.as_str(), "What is the capital of France?"];
+    client.ran(&[&post[..], more, &bootstrap].concat()).json()
+}
+
+#[tokio::test]
+async fn a_job_that_asks_for_a_proof_is_proven_to_the_contract_and_paid() {
+    let chain = DevChain::start().expect("a chain");
+    let (node, program) = proving_node(&chain, GROTH16, "commitment").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+
+    let told = posted(&client, &node, &format!("commitment:{program}"), &[]);
+    assert!(told["output"]["text"].as_str().is_some_and(|text| text.contains("Paris")), "{told:#}");
+    assert!(told["proof_says"].as_str().is_some_and(|says| says.contains("It leaves open:")), "{told:#}");
+    let status = client.ran(&["job", "status", "1", "--json"]).json();
+    assert_eq!((status["job"]["state"].as_str(), status["job"]["proven"].as_bool()), (Some("proven"), Some(true)), "{status:#}");
+    let accepted = client.ran(&["job", "accept", "1", "--json"]).json();
+    assert_ne!(accepted["division"]["to_host"], "0", "{accepted:#}");
+    eventually("the node knows of its pay", LIMIT, async || {
+        let jobs = node.node.place.ran(&["jobs", "--json"]).json();
+        (jobs["jobs"][0]["state"] == "settled").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn tokens_of_an_answer_are_proven_at_positions_that_a_later_block_draws() {
+    let chain = DevChain::start().expect("a chain");
+    let (node, program) = proving_node(&chain, &head(), "output-head:tiny-chat").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let told = posted(&client, &node, &format!("output-head:{program}"), &["--max-output-tokens", "32"]);
+    assert!(told["result"]["trace"].as_str().is_some_and(|root| root.len() == 66), "{told:#}");
+    let status = client.ran(&["job", "status", "1", "--json"]).json();
+    assert_eq!(status["job"]["state"], "proven", "{status:#}");
+}
+
+#[tokio::test]
+async fn a_job_whose_proof_nobody_can_make_is_declined_and_one_without_a_verifier_is_not_posted() {
+    let chain = DevChain::start().expect("a chain");
+    let (node, program) = proving_node(&chain, GROTH16, "commitment").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let other = format!("commitment:0x{}", "77".repeat(32));
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--bootstrap", &node.address, "--proof"];
+    let refused = client.run(&[&post[..], &[&other, "x"]].concat());
+    assert_eq!((refused.code, refused.json()["error"]["code"].as_str()), (1, Some("no_verifier")), "{refused:#?}");
+
+    // Too little time for a proof: the node says so.
+    let program = format!("commitment:{program}");
+    let posted = client.ran(&[&post[..], &[&program, "--prove-within", "10", "x"]].concat()).json();
+    assert_eq!(posted["id"], 1, "{posted:#}");
+    let why = eventually("the node has looked at it", LIMIT, async || {
+        let jobs = node.node.place.ran(&["jobs", "--json"]).json();
+        (jobs["jobs"][0]["state"] == "declined").then(|| jobs["jobs"][0].clone())
+    })
+    .await;
+    assert_eq!(why["cause"], "proof", "{why:#}");
+}
+
+#[tokio::test]
+async fn a_node_that_is_killed_before_its_proof_proves_after_its_start() {
+    let chain = DevChain::start().expect("a chain");
+    let (mut node, program) = proving_node(&chain, GROTH16, "commitment").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let post =
+        ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--bootstrap", &node.address];
+    let posted =
+        client.ran(&[&post[..], &["--proof", &format!("commitment:{program}"), "What is the capital of Italy?"]].concat());
+    assert_eq!(posted.json()["id"], 1);
+    node.node.logged(&["Job submitted."]).await;
+    node.node.signal(libc::SIGKILL);
+    node.node.exit(LIMIT).await;
+    let node = Node::launch(node.node.into_place(), &[]);
+    node.healthy().await;
+    eventually("the contract has the proof", 2 * LIMIT, async || {
+        let status = client.ran(&["job", "status", "1", "--json"]).json();
+        (status["job"]["state"] == "proven").then_some(())
+    })
+    .await;
+}
+
+#[test]
+fn a_proof_in_a_file_holds_for_its_files_and_for_nothing_else() {
+    let place = Place::new(GROTH16);
+    let (input, output) = (place.file("input", "What is the capital of France?"), place.file("output", "Paris."));
+    let path = |path: &std::path::Path| path.to_str().expect("a path of text").to_owned();
+    let (input, output, file) = (path(&input), path(&output), path(&place.path().join("proof.json")));
+    let ls = place.ran(&["proof", "ls", "--json"]).json();
+    let statement = &ls["statements"][0]["statement"];
+    assert_eq!((statement["id"].as_str(), statement["is_development"].as_bool()), (Some("commitment"), Some(true)), "{ls:#}");
+    place.ran(&["prove", "commitment", "--model", DIGEST, "--input", &input, "--output", &output, "-o", &file]);
+    let held = place.ran(&["verify", &file, "--input", &input, "--output", &output]).out;
+    assert!(held.contains("The proof holds.") && held.contains("leaves open"), "{held}");
+    let shown = place.ran(&["proof", "show", &file]).out;
+    assert!(shown.contains("`verify` checks it") && shown.contains(DIGEST), "{shown}");
+
+    let other = path(&place.file("other", "Rome."));
+    let refused = place.run(&["verify", &file, "--output", &other, "--json"]);
+    assert_eq!(refused.json()["error"]["code"], "does_not_hold", "{refused:#?}");
+
+    let proof: Value = serde_json::from_str(&fs::read_to_string(&file).expect("reads")).expect("JSON");
+    let verify = |change: &dyn Fn(&mut Value)| {
+        let mut changed = proof.clone();
+        change(&mut changed);
+        fs::write(&file, changed.to_string()).expect("writes");
+        let ran = place.run(&["verify", &file, "--json"]);
+        (ran.code, ran.json()["error"]["code"].as_str().unwrap_or("holds").to_owned())
+    };
+    assert_eq!(verify(&|_| ()), (0, "holds".into()));
+    let flip = |text: &Value, at: usize| {
+        let mut text = text.as_str().expect("a text").to_owned();
+        let digit = if &text[at..=at] == "0" { "1" } else { "0" };
+        text.replace_range(at..=at, digit);
+        Value::from(text)
+    };
+    let does_not = (1, "does_not_hold".to_owned());
+    assert_eq!(verify(&|file| file["proof"] = flip(&file["proof"], 100)), does_not);
+    assert_eq!(verify(&|file| file["public_inputs"] = flip(&file["public_inputs"], 100)), does_not);
+    for part in ["model", "input", "output", "subject"] {
+        assert_eq!(verify(&|file| file["about"][part] = flip(&file["about"][part], 40)), does_not, "{part}");
+    }
+    assert_eq!(verify(&|file| file["statement"]["program"] = flip(&file["statement"]["program"], 40)).1, "unchecked");
+    assert_eq!(verify(&|file| file["about"]["job"] = 7.into()), (2, "usage".into()));
+}
