@@ -53,6 +53,16 @@ pub trait Prover: Send + Sync {
     /// is known about the proof. A proof that is wrong is no error but a [`Verdict`].
     async fn verify(&self, cx: &Cx, proof: Proof) -> Result<Verdict>;
 
+    /// What stands for states of a model: of each the commitment that a proof would have as `Claim::Token::state`, in the same order.
+    ///
+    /// A node makes the trace of an answer from those of all positions before it knows which are to be proven. Needs no keys. A call is a
+    /// frame, so it has room for about 3 million values: ask in parts.
+    ///
+    /// # Errors
+    /// `NotFound`. `InvalidArgument` for a statement that is about no states, and for a state that is none of its model's.
+    #[optional]
+    async fn commit(&self, cx: &Cx, statement: String, states: Vec<Vec<f32>>) -> Result<Vec<Hash32>>;
+
     /// The contract that checks proofs of a statement on an Ethereum chain, ready to be deployed.
     ///
     /// # Errors
