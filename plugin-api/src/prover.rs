@@ -62,6 +62,14 @@ pub trait Prover: Send + Sync {
     /// is known about the proof. A proof that is wrong is no error but a [`Verdict`].
     async fn verify(&self, cx: &Cx, proof: Proof) -> Result<Verdict>;
 
+    /// What stands for states of a model: of each the commitment that a proof would have as `Claim::Token::state`, in the same order.
+    /// Needs no keys. A call is a frame, so it has room for about 3 million values: ask in parts.
+    ///
+    /// # Errors
+    /// `NotFound`. `InvalidArgument` for a statement that is about no states, and for a state that is none of its model's.
+    #[optional]
+    async fn commit(&self, cx: &Cx, statement: String, states: Vec<Vec<f32>>) -> Result<Vec<Hash32>>;
+
     /// The contract that checks proofs of a statement on an Ethereum chain, ready to be deployed.
     ///
     /// # Errors
@@ -203,6 +211,9 @@ pub struct Task {
 pub enum Witness {
     /// Of a commitment: what [`About`] has is all.
     None,
+    /// Of an output head at one position alone: the model's last state there, after the final norm and before the head, and the token that
+    /// was chosen.
+    State { position: u32, values: Vec<f32>, token: u32 },
     /// Of an output head: the tokens of the output, and the model's last state before each, after the final norm and before the head.
     /// `draw` says at which positions the proof is made: for a posted job it is [`Chain::draw`](crate::chain::Chain::draw).
     Answer { tokens: Vec<u32>, states: Vec<Vec<f32>>, draw: Hash32 },
@@ -218,6 +229,8 @@ pub enum Witness {
 pub enum Claim {
     /// Nothing more.
     None,
+    /// At this position the head chooses this token for the state with this commitment.
+    Token { position: u32, token: u32, state: Hash32 },
     /// At the positions that `draw` gives, of `tokens` ones, the head chooses the token for the state under the root `trace`.
     Answer { trace: Hash32, tokens: u32, draw: Hash32 },
     /// The model gives these outputs; `inputs` is their commitment.

@@ -43,6 +43,7 @@ macro_rules! check {
 
 const CHAIN: Option<&str> = Some("chain");
 const INFERENCE: Option<&str> = Some("inference");
+const PROVER: Option<&str> = Some("prover");
 const STORAGE: Option<&str> = Some("storage");
 const TRANSPORT: Option<&str> = Some("transport");
 
@@ -250,6 +251,61 @@ pub(crate) static CHECKS: &[Check] = &[
         "parallel-generations",
         inference::parallel_generations,
         "As many answers run at once as `load` says; one more is answered or told when to come back.",
+        2
+    ),
+    check!(
+        PROVER,
+        "statements-are-told-in-full",
+        prover::statements_are_told_in_full,
+        "Every statement says what it shows, what it does not and whom one trusts, the same every time."
+    ),
+    check!(
+        PROVER,
+        "program-outlives-the-instance",
+        prover::program_outlives_the_instance,
+        "What is prepared has a program, is not made again, and is the same after a restart.",
+        2
+    ),
+    check!(
+        PROVER,
+        "proof-binds-what-it-is-about",
+        prover::proof_binds_what_it_is_about,
+        "A proof holds for what it is about; with any byte or any part of that changed it does not.",
+        2
+    ),
+    check!(
+        PROVER,
+        "false-task-is-refused",
+        prover::false_task_is_refused,
+        "A task that is none of the statement's is refused, and disturbs no other.",
+        2
+    ),
+    check!(
+        PROVER,
+        "abandoned-work-ends",
+        prover::abandoned_work_ends,
+        "Work that nobody waits for ends soon, and leaves nothing half made.",
+        2
+    ),
+    check!(
+        PROVER,
+        "work-is-told-and-measured",
+        prover::work_is_told_and_measured,
+        "Stages come before the proof; estimates have figures for what ran here, and for nothing else.",
+        2
+    ),
+    check!(
+        PROVER,
+        "damaged-keys-are-told",
+        prover::damaged_keys_are_told,
+        "Kept keys that have changed are `Corrupt` once, set aside and made anew.",
+        2
+    ),
+    check!(
+        PROVER,
+        "verifier-is-ready-to-deploy",
+        prover::verifier_is_ready_to_deploy,
+        "The contract of a statement is there once it is prepared, with its arguments.",
         2
     ),
     check!(

@@ -24,6 +24,8 @@ interface Vm {
     function expectRevert(bytes calldata data) external;
     function expectPartialRevert(bytes4 selector) external;
     function getNonce(address who) external view returns (uint64);
+    function snapshotState() external returns (uint256 id);
+    function revertToState(uint256 id) external returns (bool);
     function computeCreateAddress(address deployer, uint256 nonce) external pure returns (address);
 }
 
