@@ -24,6 +24,7 @@ mod network;
 mod plugin;
 mod purchases;
 mod run;
+mod storage;
 #[cfg(test)]
 mod tests;
 
@@ -66,6 +67,7 @@ enum Command {
     Jobs(jobs::Jobs),
     Why(jobs::Why),
     Purchases(purchases::Purchases),
+    Storage(storage::Storage),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -203,6 +205,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Jobs(jobs) => jobs.execute(json),
         Command::Why(why) => why.execute(json),
         Command::Purchases(purchases) => purchases.execute(json),
+        Command::Storage(storage) => storage.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -26,5 +26,7 @@ mod paying;
 mod posting;
 #[path = "node/serving.rs"]
 mod serving;
+#[path = "node/storage.rs"]
+mod storage;
 #[path = "node/vouchers.rs"]
 mod vouchers;

@@ -24,8 +24,6 @@ mod portals;
 mod spool;
 mod tree;
 
-use std::sync::Arc;
-
 use fabstir_plugin_api::prelude::*;
 
 pub use config::Config;
@@ -33,8 +31,5 @@ pub use plugin::S5;
 
 #[plugin(provides = [Storage], needs = ["net"])]
 async fn init(host: Host, config: Config) -> Result<S5> {
-    let state_dir = host.state_dir().to_owned();
-    let settings = config.check(&state_dir)?;
-    let portals = spool::blocking(move || portals::Portals::open(&settings, &state_dir)).await?;
-    Ok(S5::new(Arc::new(portals)))
+    S5::open(config, host.state_dir()).await
 }

@@ -1,11 +1,13 @@
 //! The storage kind on top of the portals: translation only.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use fabstir_plugin_api::prelude::*;
 use tracing::warn;
 
 use crate::cid::Id;
+use crate::config::Config;
 use crate::error::S5Error;
 use crate::pointer::{self, Key, MOST_DATA};
 use crate::portals::Portals;
@@ -20,8 +22,12 @@ pub struct S5 {
 }
 
 impl S5 {
-    pub(crate) fn new(portals: Arc<Portals>) -> Self {
-        Self { portals }
+    /// Opens the folder of an instance, and asks no portal.
+    pub async fn open(config: Config, state_dir: &Path) -> Result<Self> {
+        let state_dir = state_dir.to_owned();
+        let settings = config.check(&state_dir)?;
+        let portals = blocking(move || Portals::open(&settings, &state_dir)).await?;
+        Ok(Self { portals: Arc::new(portals) })
     }
 }
 

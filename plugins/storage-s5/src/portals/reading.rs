@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::TryStreamExt;
 use tracing::debug;
 
@@ -155,8 +156,8 @@ impl Reading {
             }
             Source::Spool(blob) => {
                 let to = end.min(start + GROUP);
-                let failed = S5Error::io("read in", "the spool".as_ref());
-                blob.read(start, to).try_fold(Vec::new(), |bytes, piece| async move { Ok([bytes, piece.to_vec()].concat()) }).await.map_err(failed)?
+                let pieces: Vec<Bytes> = blob.read(start, to).try_collect().await.map_err(S5Error::io("read in", "the spool".as_ref()))?;
+                pieces.concat()
             }
         };
         self.left.start += piece.len() as u64;
