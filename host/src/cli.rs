@@ -25,6 +25,7 @@ mod plugin;
 mod proof;
 mod purchases;
 mod run;
+mod storage;
 #[cfg(test)]
 mod tests;
 
@@ -70,6 +71,7 @@ enum Command {
     Prove(proof::Prove),
     Verify(proof::Verify),
     Proof(proof::ProofCommand),
+    Storage(storage::Storage),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -210,6 +212,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Prove(prove) => prove.execute(json),
         Command::Verify(verify) => verify.execute(json),
         Command::Proof(proof) => proof.execute(json),
+        Command::Storage(storage) => storage.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -16,4 +16,5 @@ pub mod network;
 pub mod node;
 pub mod routes;
 pub mod scheduler;
+pub mod sealed;
 pub mod supervisor;

@@ -13,6 +13,7 @@
 //! - [`Place`] is a folder with a configuration, in which commands run; [`Node`] is a running node in one.
 //! - [`peers`] are nodes in a network. [`http`] talks to a node, [`process`] looks at its processes, [`terminal`] is a terminal for its chat.
 //! - [`dev_chain`] is a chain with the market's contracts on it, [`market`] are those who meet there, [`posting`] is a client's side of posted jobs.
+//! - [`portal`] is an S5 portal on this machine.
 //! - [`payer`] is a client of the market that does what a test wants.
 //! - [`rogue`] makes libraries that no toolchain of ours would make, [`gguf`] model files that nobody should load.
 //!
@@ -29,6 +30,7 @@ pub mod node;
 pub mod payer;
 pub mod peers;
 pub mod place;
+pub mod portal;
 pub mod posting;
 pub mod process;
 pub mod rogue;

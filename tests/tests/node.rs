@@ -28,5 +28,7 @@ mod posting;
 mod proofs;
 #[path = "node/serving.rs"]
 mod serving;
+#[path = "node/storage.rs"]
+mod storage;
 #[path = "node/vouchers.rs"]
 mod vouchers;

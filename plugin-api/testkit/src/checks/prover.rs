@@ -59,6 +59,7 @@ fn hash(of: &str) -> String {
 fn task(statement: &str) -> Task {
     let about = About {
         subject: format!("0x00{}", &hash("subject")[4..]),
+        job: None,
         model: hash("model")[2..].to_owned(),
         input: hash("input"),
         output: hash("output"),
