@@ -1,7 +1,8 @@
 //! The whole market on one machine, with real money of a development chain: `make demo`.
 //!
-//! A chain with the contracts, two nodes with a real model, a client that finds them, a session that is paid by vouchers, a job that is
-//! posted, worked and accepted. At the end every account is compared with what it had, to the wei. `--keep` leaves all of it up.
+//! All five kinds of plugins in one run: nodes that are found over libp2p, paid on a chain, and answer with llama.cpp; a job whose result lies on
+//! S5 and is proven to a contract; the same question again, from the cache; a proof that was tampered with, refused. At the end every account
+//! is compared with what it had, to the wei. `--keep` leaves all of it up.
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -12,6 +13,7 @@ use fabstir_plugin_api::chain::Amount;
 use fabstir_tests::dev_chain::DevChain;
 use fabstir_tests::market::{Account, CLIENT, NODE, OTHER_NODE, PAYOUT, place};
 use fabstir_tests::peers::{NET, Provider, net_from};
+use fabstir_tests::portal::Portal;
 use fabstir_tests::{LIMIT, Node, Place, artifact, chat, eventually, tiny_chat};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,7 +25,9 @@ const QUESTIONS: [&str; 5] = [
     "What is the capital of Spain?",
     "What is the capital of Norway?",
 ];
-const STORAGE: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
+const PROVER: &str = "[[plugin]]\nid = 'groth16'\nuse = 'prover-groth16'\n";
+/// What is proven of the posted job.
+const STATEMENT: &str = "commitment";
 /// What the client puts down at most, for a session and for a job.
 const MOST: &str = "0.1eth";
 /// At these prices a few short answers are worth more than the fees of their settlement. In wei for a million tokens.
@@ -34,6 +38,10 @@ const MARKET: &str = "sure_above_wei = 1_000_000_000_000_000_000";
 const STAKE: &str = "1eth";
 /// How long the node may take to hand in the vouchers of a session that is over.
 const SETTLED: Duration = Duration::from_secs(60);
+
+/// The selectors of ProofHub's `verifierOf` and of a verifier's `verify`.
+const VERIFIER_OF: &str = "f0c03050";
+const VERIFY: &str = "5bf48e3a";
 
 /// What does not work or add up ends the demo with a sentence.
 type Told<T> = Result<T, String>;
@@ -66,6 +74,8 @@ async fn main() -> ExitCode {
 /// What runs, and where its files are.
 struct Stage {
     chain: DevChain,
+    /// Ends with the rest.
+    _portal: Portal,
     nodes: [Provider; 2],
     client: Place,
 }
@@ -79,16 +89,21 @@ async fn walk() -> Told<Stage> {
     line("escrow", text(&config["contracts"]["escrow"]));
     line("nodes", text(&config["contracts"]["nodes"]));
 
-    let client = place(&chain, CLIENT, "", "", NET);
+    let portal = Portal::start();
+    line("S5 portal", &portal.url);
+    let storage = format!("[[plugin]]\nid = 's5'\nuse = 'storage-s5'\nconfig = {{ portals = [{{ url = '{}' }}] }}\n", portal.url);
+
+    let client = place(&chain, CLIENT, "", "", &format!("{NET}{storage}"));
     let payout = place(&chain, PAYOUT, "", "", "");
     let block = number(&chain.ask("eth_blockNumber", json!([])).await?)?;
     let mut before = vec![total(&client)?, total(&payout)?];
 
     step("Two nodes, each with a stake; the second knows only the first");
-    let first = place(&chain, NODE, PRICES, MARKET, &format!("{NET}{STORAGE}{}", tiny_chat()));
+    let first = place(&chain, NODE, PRICES, MARKET, &format!("{NET}{storage}{PROVER}{}", tiny_chat()));
     before.push(total(&first)?);
+    let program = verifier(&chain, &first)?;
     let first = start(first, "node 1").await?;
-    let entries = format!("{}{STORAGE}{}", net_from(&first.address), tiny_chat());
+    let entries = format!("{}{storage}{}", net_from(&first.address), tiny_chat());
     let second = place(&chain, OTHER_NODE, PRICES, MARKET, &entries);
     before.push(total(&second)?);
     let nodes = [first, start(second, "node 2").await?];
@@ -100,8 +115,9 @@ async fn walk() -> Told<Stage> {
     step(&format!("A session that is paid by vouchers, for {MOST} at most"));
     let client = session(client, &nodes).await?;
 
-    step(&format!("A job that is posted for any node, with {MOST} put down"));
-    job(&client, &bootstrap)?;
+    step(&format!("A job that is posted for any node that proves its result, with {MOST} put down"));
+    job(&client, &bootstrap, &program)?;
+    tampered(&chain, &program).await?;
 
     step("What came of it");
     let withdrawn = client.run(&["market", "withdraw", "--json"]);
@@ -112,7 +128,7 @@ async fn walk() -> Told<Stage> {
     let places = [&client, &payout, &nodes[0].node.place, &nodes[1].node.place];
     adds_up(&chain, block, &before, places, paid).await?;
     println!("\nEverything adds up, {:.0} s after the start.", began.elapsed().as_secs_f64());
-    Ok(Stage { chain, nodes, client })
+    Ok(Stage { chain, _portal: portal, nodes, client })
 }
 
 /// Registers a node and starts it.
@@ -192,9 +208,21 @@ async fn session(client: Place, nodes: &[Provider; 2]) -> Told<Place> {
     Ok(client)
 }
 
-fn job(client: &Place, bootstrap: &[&str]) -> Told<()> {
+/// Deploys the contract that checks what the node proves. Returns its program.
+fn verifier(chain: &DevChain, node: &Place) -> Told<String> {
+    let file = node.path().join("verifier.json");
+    let written = node.ran(&["proof", "contract", STATEMENT, "-o", file.to_str().ok_or("a path of no text")?, "--json"]).json();
+    let deployed = chain.name_verifier(&file)?;
+    line("verifier", format!("{} at {}", text(&written["name"]), text(&deployed["verifier"])));
+    line("program", text(&written["program"]));
+    Ok(text(&written["program"]).to_owned())
+}
+
+fn job(client: &Place, bootstrap: &[&str], program: &str) -> Told<()> {
     let began = Instant::now();
-    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--wait"];
+    let proof = format!("{STATEMENT}:{program}");
+    let post =
+        ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--wait", "--proof", &proof];
     let posted = client.run(&[&post[..], bootstrap, &QUESTIONS[..1]].concat());
     if posted.code != 0 {
         return Err(format!("the job was not worked: {posted:#?}"));
@@ -211,12 +239,46 @@ fn job(client: &Place, bootstrap: &[&str]) -> Told<()> {
             text(&posted["result"]["result_ref"])
         ),
     );
-    line("time", format!("{:.1} s from the order to the checked result", began.elapsed().as_secs_f64()));
+    let id = text(&posted["result"]["output_commitment"]).trim_start_matches("0x");
+    let stored = client.ran(&["storage", "get", id]).out;
+    line("on S5", format!("{} bytes under {id}", stored.len()));
+    line("proven", text(&posted["proof_says"]));
+    line("time", format!("{:.1} s from the order to the proven result", began.elapsed().as_secs_f64()));
     let accepted = client.ran(&["job", "accept", &posted["id"].to_string(), "--json"]).json();
     line("accepted", receipt(&accepted["order"]));
     let division = &accepted["division"];
     line("divided", format!("{} to the node, {} back", eth(wei(&division["to_host"])?), eth(wei(&division["to_client"])?)));
     Ok(())
+}
+
+/// The proof of the job as the chain has it, checked by its contract; then with one bit of it turned.
+async fn tampered(chain: &DevChain, program: &str) -> Told<()> {
+    let submitted = transactions(chain, 0).await?.into_iter().find(|sent| sent.what == "submitProof");
+    let hash = submitted.ok_or("no proof was handed in")?.hash;
+    let sent = chain.ask("eth_getTransactionByHash", json!([hash])).await?;
+    // After the selector: the job, where the two texts begin, and each with its length. A verifier takes the same with the program in place
+    // of the job.
+    let input = hex::decode(text(&sent["input"]).trim_start_matches("0x")).map_err(|error| error.to_string())?;
+    let texts = input.get(4 + 32..).ok_or("a proof was handed in that is none")?;
+    let program = program.trim_start_matches("0x");
+    let proofs = text(&chain.config()["contracts"]["proofs"]).to_owned();
+    let named = json!([{ "to": proofs, "data": format!("0x{VERIFIER_OF}{:064x}{program}", 1) }, "latest"]);
+    let verifier = chain.ask("eth_call", named).await?;
+    let verifier = text(&verifier).get(26..).ok_or("no verifier is named")?.to_owned();
+    let holds = async |texts: &[u8]| {
+        let data = format!("0x{VERIFY}{program}{}", hex::encode(texts));
+        let answer = chain.ask("eth_call", json!([{ "to": format!("0x{verifier}"), "data": data }, "latest"])).await;
+        answer.is_ok_and(|answer| text(&answer).ends_with('1'))
+    };
+    let mut changed = texts.to_vec();
+    *changed.last_mut().ok_or("a proof was handed in that is none")? ^= 1;
+    match (holds(texts).await, holds(&changed).await) {
+        (true, false) => {
+            line("tampered", "the contract accepts the proof, and refuses it with one bit turned");
+            Ok(())
+        }
+        (whole, turned) => Err(format!("the contract says {whole} to the proof and {turned} to one that was tampered with")),
+    }
 }
 
 /// What the nodes were paid, as the client and the nodes tell it: they have to agree.
@@ -255,7 +317,7 @@ async fn adds_up(chain: &DevChain, block: u64, before: &[u128], places: [&Place;
     let accounts = [("client", CLIENT), ("payout", PAYOUT), ("node 1", NODE), ("node 2", OTHER_NODE)];
     println!();
     for Sent { block, from, what, hash, fee } in &sent {
-        let name = accounts.iter().find(|(_, account)| same(account, from)).map_or("?", |(name, _)| name);
+        let name = accounts.iter().find(|(_, account)| same(account, from)).map_or("owner", |(name, _)| name);
         println!("  block {block:<3} {name:<7} {what:<15} fee {:<24} {hash}", eth(*fee));
     }
     println!("\n  {:<7} {:>27} {:>27} {:>27} {:>25}", "", "before", "after", "paid or earned", "fees");
@@ -328,11 +390,14 @@ fn called(input: &str) -> &str {
         ("0xcb50ea47", "postJob"),
         ("0xe3e4b9fb", "claimJob"),
         ("0x953fb676", "abandonJob"),
-        ("0xd25edfd4", "submitResult"),
+        ("0x1ed88784", "submitResult"),
+        ("0x796fd7f9", "submitProof"),
+        ("0x34295bfa", "setVerifier"),
         ("0x172257c7", "acceptResult"),
         ("0xbf81bf43", "expire"),
         ("0xf940e385", "withdraw"),
     ];
+    // What begins otherwise, and is long, deploys a contract.
     let selector = input.get(..10).unwrap_or(input);
     names.iter().find(|(of, _)| *of == selector).map_or(selector, |(_, name)| name)
 }

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -58,6 +58,18 @@ impl DevChain {
         }
     }
 
+    /// Deploys the contract in a file of `proof contract`, and names it in ProofHub. Returns what `verifier.mjs` tells.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn name_verifier(&self, file: &Path) -> Result<serde_json::Value, String> {
+        let contracts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/chain-base/contracts");
+        let proofs = self.config["contracts"]["proofs"].as_str().unwrap_or_default().to_owned();
+        let mut command = Command::new("node");
+        command.arg(contracts.join("verifier.mjs")).arg(file).args(["--rpc", &self.url, "--proofs", &proofs]);
+        told(command.output())
+    }
+
     /// Makes so many empty blocks.
     pub async fn mine(&self, blocks: u64) {
         self.ask("anvil_mine", serde_json::json!([format!("0x{blocks:x}")])).await.expect("the chain mines");
@@ -95,7 +107,11 @@ fn anvil(contracts: &Path) -> Result<PathBuf, String> {
 }
 
 fn deploy(contracts: &Path, url: &str) -> Result<serde_json::Value, String> {
-    let output = Command::new("node").arg(contracts.join("deploy.mjs")).args(["--rpc", url]).output();
+    told(Command::new("node").arg(contracts.join("deploy.mjs")).args(["--rpc", url]).output())
+}
+
+/// The JSON that a script of the contracts has printed.
+fn told(output: std::io::Result<Output>) -> Result<serde_json::Value, String> {
     let output = output.map_err(|error| format!("node cannot be started ({error}): run `make chain`"))?;
     let told = String::from_utf8_lossy(&output.stdout);
     match serde_json::from_str(told.trim()) {

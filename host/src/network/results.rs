@@ -56,7 +56,7 @@ async fn send(routes: watch::Receiver<Arc<Routes>>, id: String, outgoing: &Sende
     let places: Vec<Arc<dyn Storage>> = routes.borrow().storage.iter().map(|route| route.client.clone()).collect();
     let mut missing = PluginError::unavailable("no storage plugin is ready");
     for place in places {
-        match read(&*place, id.clone()).await {
+        match read_blob(&*place, id.clone()).await {
             Ok(bytes) => {
                 for piece in bytes.chunks(PIECE) {
                     outgoing.send(piece.to_vec().into()).await?;
@@ -71,8 +71,8 @@ async fn send(routes: watch::Receiver<Arc<Routes>>, id: String, outgoing: &Sende
     Err(missing)
 }
 
-/// A result's bytes, checked by the storage against their id.
-async fn read(place: &dyn Storage, id: String) -> Result<Vec<u8>> {
+/// The bytes of a blob that is no larger than results are, checked by the storage against their id.
+pub async fn read_blob(place: &dyn Storage, id: String) -> Result<Vec<u8>> {
     let mut stream = place.get(&Cx::new().with_timeout(WHOLE), id, storage::Range::default()).await?;
     let mut bytes = Vec::new();
     while let Some(piece) = stream.next().await {

@@ -1,7 +1,6 @@
 //! Proofs of posted jobs and of files, through the shipped binary, with real provers and a development chain.
 
 use std::fs;
-use std::process::Command;
 
 use fabstir_tests::dev_chain::DevChain;
 use fabstir_tests::market::{CLIENT, NODE, node_place, place};
@@ -25,15 +24,9 @@ fn verifier(chain: &DevChain, place: &Place, statement: &str) -> String {
     let file = place.path().join("verifier.json");
     let path = file.to_str().expect("a path of text");
     let written = place.ran(&["proof", "contract", statement, "-o", path, "--json"]).json();
-    let config = chain.config();
-    let text = |value: &Value| value.as_str().expect("a text").to_owned();
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../plugins/chain-base/contracts/verifier.mjs");
-    let (rpc, proofs) = (text(&config["rpc"][0]), text(&config["contracts"]["proofs"]));
-    let deployed = Command::new("node").args([script, path, "--rpc", &rpc, "--proofs", &proofs]).output().expect("node runs");
-    assert!(deployed.status.success(), "{}", String::from_utf8_lossy(&deployed.stderr));
-    let deployed: Value = serde_json::from_slice(&deployed.stdout).expect("JSON");
+    let deployed = chain.name_verifier(&file).expect("the contract is deployed");
     assert_eq!(deployed["program"], written["program"]);
-    text(&written["program"])
+    written["program"].as_str().expect("a text").to_owned()
 }
 
 /// A node that serves the small model and proves, with its contract deployed, and the program that it proves by.

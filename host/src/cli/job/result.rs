@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use fabstir_plugin_api::chain::{Amount, Chain, JobId, JobResult, JobState, Sure};
 use fabstir_plugin_api::error::{Code, PluginError};
+use fabstir_plugin_api::storage::Storage;
 use serde_json::json;
 
 use super::super::account::{AccountArgs, at_desk, with_chain};
@@ -16,12 +17,17 @@ use crate::config::Config;
 use crate::consumer::fetch;
 use crate::market::history::result_in;
 use crate::market::posting::{JobOutput, PostingError, ResultRef};
+use crate::network::results::read_blob;
+use crate::supervisor::{Alone, entries};
 
 /// How long a node is looked for that has a result.
 const LOOK: Duration = Duration::from_secs(15);
 const AGAIN: Duration = Duration::from_millis(500);
 
 /// Fetches the result of a job from the node that has it, and checks it.
+///
+/// Where that node cannot give it, the enabled storage plugins of the configuration are asked: a node may keep results on S5, where others
+/// can read them too.
 ///
 /// The node has committed to the result on the chain: what it gives is compared with that, and what differs is an error and not printed.
 #[derive(Debug, Args)]
@@ -116,7 +122,31 @@ pub(super) async fn fetched(network: &NetworkArgs, config: &Config, id: JobId, r
         }
     };
     visit.end().await;
-    output.map_err(|error| unfetched(id, &reference, &error))
+    let error = match output {
+        Ok(output) => return Ok(output),
+        Err(error) => error,
+    };
+    let unfetched = unfetched(id, &reference, &error);
+    stored(config, &reference, result).await.ok_or(unfetched)
+}
+
+/// The result, if a storage plugin of the configuration has it.
+async fn stored(config: &Config, reference: &ResultRef, result: &JobResult) -> Option<JobOutput> {
+    for entry in entries::<dyn Storage>(config).into_iter().filter(|entry| entry.enabled) {
+        let id = entry.id.clone();
+        let read = async {
+            let place =
+                Alone::start_entry(config.clone(), entry, |routes| &routes.storage).await.map_err(|error| error.to_string())?;
+            let bytes = read_blob(&*place.client, &reference.id).await.map_err(|error| error.to_string());
+            place.end().await;
+            JobOutput::read(&bytes?, &result.output_commitment).map_err(|error| error.to_string())
+        };
+        match read.await {
+            Ok(output) => return Some(output),
+            Err(why) => tracing::warn!(plugin = id, why, "The result is not there either."),
+        }
+    }
+    None
 }
 
 fn unfetched(id: JobId, reference: &ResultRef, error: &PluginError) -> Failure {
