@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::config::{Flag, Loaded, Problems, Sources};
 
 mod account;
+mod cache;
 mod chat;
 mod config;
 mod earnings;
@@ -66,6 +67,7 @@ enum Command {
     Jobs(jobs::Jobs),
     Why(jobs::Why),
     Purchases(purchases::Purchases),
+    Cache(cache::Cache),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -203,6 +205,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Jobs(jobs) => jobs.execute(json),
         Command::Why(why) => why.execute(json),
         Command::Purchases(purchases) => purchases.execute(json),
+        Command::Cache(cache) => cache.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

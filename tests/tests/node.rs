@@ -2,6 +2,8 @@
 
 #[path = "node/bad_models.rs"]
 mod bad_models;
+#[path = "node/cache.rs"]
+mod cache;
 #[path = "node/chat.rs"]
 mod chat;
 #[path = "node/clients.rs"]
@@ -24,6 +26,8 @@ mod network;
 mod paying;
 #[path = "node/posting.rs"]
 mod posting;
+#[path = "node/semantic.rs"]
+mod semantic;
 #[path = "node/serving.rs"]
 mod serving;
 #[path = "node/vouchers.rs"]

@@ -68,6 +68,8 @@ fn every_command_takes_json() {
         "earnings",
         "purchases",
         "market reclaim",
+        "cache stats",
+        "cache flush",
         "keys new x",
         "keys import x",
         "keys list",

@@ -1,7 +1,8 @@
 //! Vectors for texts: a context of its own, on a thread of its own, from the first time that someone asks.
 //!
 //! A text is read in chunks like a prompt, and the vectors of its tokens are pooled here. So the buffers stay small however long
-//! the text is: llama.cpp's own pooling needs the whole text in one batch.
+//! the text is: llama.cpp's own pooling needs the whole text in one batch. A model that is made for embedding alone, such as BERT, looks at
+//! each token in the light of all: it gets the whole text in one step, and its context, which is short, bounds the buffers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,8 +36,13 @@ impl Pooling {
     }
 }
 
-/// Tokens per step. Every token of a step also gets logits, which nobody reads but which take memory.
-pub const CHUNK: usize = 64;
+/// Tokens per step of a model that continues text. Every token of a step also gets logits, which nobody reads but which take memory.
+const CHUNK: u32 = 64;
+
+/// Tokens per step.
+pub fn step(model: &Model, context: u32) -> u32 {
+    if model.is_causal() { CHUNK } else { context }
+}
 
 /// Callers that may wait behind the one being served.
 const QUEUE: usize = 8;
@@ -65,10 +71,11 @@ impl Embedder {
         pooling: Pooling,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, Error> {
+        let step = step(&model, context);
         let shape = Shape {
             context,
             sequences: 1,
-            batch: CHUNK as u32,
+            batch: step,
             cache_keys: CacheType::F16,
             cache_values: CacheType::F16,
             embeddings: true,
@@ -78,7 +85,7 @@ impl Embedder {
         let (jobs, queue) = sync_channel(QUEUE);
         let thread = thread::Builder::new()
             .name(name)
-            .spawn(move || serve(&mut context, pooling, &queue, &stop))
+            .spawn(move || serve(&mut context, step as usize, pooling, &queue, &stop))
             .map_err(|error| Error::Failed(format!("no thread for embeddings: {error}")))?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
@@ -105,14 +112,14 @@ impl Drop for Embedder {
     }
 }
 
-fn serve(context: &mut Context, pooling: Pooling, queue: &Receiver<Job>, stop: &AtomicBool) {
-    let mut batch = Batch::new(CHUNK);
+fn serve(context: &mut Context, step: usize, pooling: Pooling, queue: &Receiver<Job>, stop: &AtomicBool) {
+    let mut batch = Batch::new(step);
     while let Ok(job) = queue.recv() {
         let vectors = job.texts.iter().map(|text| {
             if stop.load(Ordering::Relaxed) || (job.gone)() {
                 return Err(Error::Abandoned);
             }
-            embed(context, &mut batch, text, pooling, &job.gone)
+            embed(context, &mut batch, step, text, pooling, &job.gone)
         });
         // A caller that has gone does not need the answer.
         let _ = job.answer.send(vectors.collect());
@@ -122,19 +129,20 @@ fn serve(context: &mut Context, pooling: Pooling, queue: &Receiver<Job>, stop: &
 fn embed(
     context: &mut Context,
     batch: &mut Batch,
+    step: usize,
     text: &[i32],
     pooling: Pooling,
     gone: &dyn Fn() -> bool,
 ) -> Result<Vec<f32>, Error> {
     context.truncate(0, 0);
     let mut pooled: Vec<f32> = Vec::new();
-    for (number, chunk) in text.chunks(CHUNK).enumerate() {
+    for (number, chunk) in text.chunks(step).enumerate() {
         if gone() {
             return Err(Error::Abandoned);
         }
         batch.clear();
         for (place, &token) in chunk.iter().enumerate() {
-            batch.add(token, number * CHUNK + place, 0, true);
+            batch.add(token, number * step + place, 0, true);
         }
         context.decode(batch).map_err(|error| match error {
             DecodeError::Stopped => Error::Abandoned,
