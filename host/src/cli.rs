@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::config::{Flag, Loaded, Problems, Sources};
 
 mod account;
+mod cache;
 mod chat;
 mod config;
 mod earnings;
@@ -72,6 +73,7 @@ enum Command {
     Verify(proof::Verify),
     Proof(proof::ProofCommand),
     Storage(storage::Storage),
+    Cache(cache::Cache),
     Keys(keys::Keys),
     Plugin(plugin::Plugin),
     Config(config::ConfigCommand),
@@ -213,6 +215,7 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Verify(verify) => verify.execute(json),
         Command::Proof(proof) => proof.execute(json),
         Command::Storage(storage) => storage.execute(json),
+        Command::Cache(cache) => cache.execute(json),
         Command::Keys(keys) => keys.execute(json),
         Command::Plugin(plugin) => plugin.execute(json),
         Command::Config(config) => config.execute(json),

@@ -40,6 +40,8 @@ pub struct Config {
     pub gateway: Gateway,
     /// Which requests wait, and how many.
     pub scheduler: Scheduler,
+    /// Which answers are kept, to be given again.
+    pub cache: Cache,
     /// What other nodes are offered.
     pub network: Network,
     /// The keys of accounts, which own money on a chain.
@@ -297,6 +299,63 @@ pub struct Scheduler {
 impl Default for Scheduler {
     fn default() -> Self {
         Self { queue: 64, queue_tokens: 131_072, retries: 1 }
+    }
+}
+
+/// Which answers are kept, to be given again to clients of the HTTP edge.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// Whether answers are kept, on disk, and given again to the same request of the same client: those that would come out the same, at
+    /// temperature 0 or with a seed. Off, because it writes what clients were told to the disk, and because whoever measures a model by
+    /// asking it the same thing twice would measure the cache.
+    ///
+    /// Default: `false`.
+    /// Example: `enabled = true`.
+    pub enabled: bool,
+    /// How much room they may take. Bytes, as a number or with KiB, MiB or GiB. What saved the fewest tokens for its size goes first.
+    ///
+    /// Default: `"256MiB"`.
+    /// Example: `max_bytes = "4GiB"`.
+    #[schemars(range(min = 65536))]
+    pub max_bytes: Bytes,
+    /// How long an answer is kept. Seconds.
+    ///
+    /// Default: `86400`.
+    /// Example: `ttl_s = 3600`.
+    #[schemars(range(min = 1))]
+    pub ttl_s: u64,
+    /// Whether a question may be answered with the answer to another that means the same.
+    pub semantic: Semantic,
+}
+
+/// Whether a question may be answered with the answer to another that means the same: only the single question of a conversation, asked by
+/// the same client of the same model with the same settings, and only where no word differs that an answer hangs on. English.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Semantic {
+    /// The model that makes vectors of questions, one that this node serves. Left out, questions are not compared.
+    ///
+    /// Example: `model = "all-minilm"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// How alike two questions have to be: the cosine of their vectors, in thousandths. What is right depends on the model.
+    ///
+    /// Default: `900`.
+    /// Example: `threshold_permille = 950`.
+    #[schemars(range(min = 1, max = 1000))]
+    pub threshold_permille: u16,
+}
+
+impl Default for Semantic {
+    fn default() -> Self {
+        Self { model: None, threshold_permille: 900 }
+    }
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { enabled: false, max_bytes: Bytes(256 << 20), ttl_s: 86_400, semantic: Semantic::default() }
     }
 }
 

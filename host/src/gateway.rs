@@ -29,10 +29,12 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use tracing::{info, warn};
 
+use crate::cache::Cache;
 use crate::config;
 use crate::scheduler::Scheduler;
 
 mod access;
+mod caching;
 mod chat;
 mod common;
 mod completions;
@@ -57,6 +59,8 @@ use error::ApiError;
 /// What every request may need.
 struct Edge {
     scheduler: Arc<Scheduler>,
+    /// `None` where every answer is generated.
+    cache: Option<Arc<Cache>>,
     metrics: Metrics,
     http: access::HttpMetrics,
     max_body: u64,
@@ -90,6 +94,7 @@ pub enum ServeError {
 pub async fn serve(
     config: config::Gateway,
     scheduler: Arc<Scheduler>,
+    cache: Option<Arc<Cache>>,
     metrics: Metrics,
     shutdown: CancellationToken,
 ) -> Result<Serving, ServeError> {
@@ -101,6 +106,7 @@ pub async fn serve(
     let header_timeout = Duration::from_millis(config.header_timeout_ms);
     let edge = Arc::new(Edge {
         scheduler,
+        cache,
         metrics,
         http,
         max_body: config.max_body.0,
@@ -161,8 +167,14 @@ fn cors(origins: &[String]) -> Result<Option<CorsLayer>, ServeError> {
     let layer = CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, HeaderName::from_static("x-request-id")])
-        .expose_headers([header::RETRY_AFTER, HeaderName::from_static("x-request-id")])
+        .allow_headers([
+            header::AUTHORIZATION,
+            header::CACHE_CONTROL,
+            header::CONTENT_TYPE,
+            caching::X_CACHE,
+            HeaderName::from_static("x-request-id"),
+        ])
+        .expose_headers([header::RETRY_AFTER, caching::X_CACHE, HeaderName::from_static("x-request-id")])
         .max_age(Duration::from_secs(600));
     Ok(Some(layer))
 }

@@ -1,9 +1,10 @@
 //! The node as a library: what the binary `fabstir-node` runs, and what benches and tools reach into.
 //!
 //! The host knows no backend. It loads plugins ([`loader`]), keeps them alive ([`supervisor`]), and brings requests to them: of clients
-//! ([`gateway`]) and of other nodes ([`network`]). [`consumer`] is the other side, which asks other nodes.
+//! ([`gateway`], by way of [`cache`]) and of other nodes ([`network`]). [`consumer`] is the other side, which asks other nodes.
 //! [`market`] is the money.
 
+pub mod cache;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -9,6 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::cache::Cache;
 use crate::config::{Config, Problems};
 use crate::gateway::{self, ServeError};
 use crate::identity::{IdentityError, NodeKey};
@@ -59,7 +60,11 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     let seller = Seller::open(&config, scheduler.clone(), supervisor.subscribe())?;
     let network = Network::new(config.network.clone(), key, scheduler.clone(), seller.clone());
     metrics.register(|registry| network.register(registry));
-    let serving = gateway::serve(config.gateway, scheduler, metrics, stop.clone()).await?;
+    let cache = Cache::open(&config.cache, &config.node.data_dir, scheduler.clone());
+    if let Some(cache) = &cache {
+        metrics.register(|registry| cache.register(registry));
+    }
+    let serving = gateway::serve(config.gateway, scheduler, cache, metrics, stop.clone()).await?;
     // Plugins start once it is certain that the node can serve.
     supervisor.start();
     // The one line on standard output: for people, and for programs that asked for port 0.

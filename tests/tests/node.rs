@@ -2,6 +2,8 @@
 
 #[path = "node/bad_models.rs"]
 mod bad_models;
+#[path = "node/cache.rs"]
+mod cache;
 #[path = "node/chat.rs"]
 mod chat;
 #[path = "node/clients.rs"]
@@ -26,6 +28,8 @@ mod paying;
 mod posting;
 #[path = "node/proofs.rs"]
 mod proofs;
+#[path = "node/semantic.rs"]
+mod semantic;
 #[path = "node/serving.rs"]
 mod serving;
 #[path = "node/storage.rs"]

@@ -296,7 +296,7 @@ impl Local {
         let metrics = gateway::Metrics::new(&scheduler, Arc::new(|| Box::pin(async { Vec::new() })));
         let stop = CancellationToken::new();
         let config = config::Gateway { listen, ..config.gateway.clone() };
-        let serving = gateway::serve(config, scheduler, metrics, stop.clone()).await;
+        let serving = gateway::serve(config, scheduler, None, metrics, stop.clone()).await;
         let serving = serving.map_err(|error| Failure::new(Failure::FAILED, "gateway", error))?;
         let looking = tokio_util::task::AbortOnDropHandle::new(looking);
         Ok(Self { address: serving.address, serving, stop, visit, market, looking, buyer })

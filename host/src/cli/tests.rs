@@ -72,6 +72,8 @@ fn every_command_takes_json() {
         "storage get x",
         "storage ls",
         "storage verify",
+        "cache stats",
+        "cache flush",
         "keys new x",
         "keys import x",
         "keys list",

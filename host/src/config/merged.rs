@@ -12,7 +12,7 @@ use super::file::File;
 use super::problem::{Place, Problem};
 use super::schema::{Check, Schema, nearest};
 use super::sources::Setting;
-use super::{Config, Gateway, Keys, Market, Network, Node, Origin, PluginEntry, Plugins, Scheduler};
+use super::{Cache, Config, Gateway, Keys, Market, Network, Node, Origin, PluginEntry, Plugins, Scheduler};
 
 /// One source of values, in which plugins are keyed by id.
 pub(super) struct Layer {
@@ -46,6 +46,7 @@ struct Keyed {
     node: Node,
     gateway: Gateway,
     scheduler: Scheduler,
+    cache: Cache,
     network: Network,
     keys: Keys,
     market: Market,
@@ -94,8 +95,8 @@ impl<'a> Merged<'a> {
             entry.origin = self.origins.get(&entry.id).cloned().unwrap_or_default();
         }
         plugin.sort_by_key(|entry| if entry.origin.line == 0 { usize::MAX } else { entry.origin.line });
-        let Keyed { node, gateway, scheduler, network, keys, market, plugins, .. } = keyed;
-        Ok(Config { node, gateway, scheduler, network, keys, market, plugins, plugin, base_dir: PathBuf::new() })
+        let Keyed { node, gateway, scheduler, cache, network, keys, market, plugins, .. } = keyed;
+        Ok(Config { node, gateway, scheduler, cache, network, keys, market, plugins, plugin, base_dir: PathBuf::new() })
     }
 
     fn figment_problems(&self, errors: figment::Error) -> Vec<Problem> {

@@ -51,6 +51,8 @@ pub(super) struct Common {
     /// `Text`, or the client's own grammar.
     pub format: Format,
     pub cache_salt: String,
+    /// Whether anything of this request may be kept for a later one.
+    pub cache_prompt: bool,
     pub stream: bool,
     /// Whether a stream ends with a chunk that says what it used.
     pub include_usage: bool,
@@ -64,7 +66,7 @@ impl Common {
             return Err(ApiError::invalid("model", "`model` is empty"));
         }
         fields.only("n", &["1"], "this node gives one answer per request; send the request again for another")?;
-        fields.only("store", &["false"], "this node keeps no answers; leave it out")?;
+        fields.only("store", &["false"], "this node keeps no answers to be fetched later; leave it out")?;
         fields.only("service_tier", &["\"auto\"", "\"default\""], "this node has one tier; leave it out")?;
         // Said about the request rather than asked of the node: there is nothing to honour.
         fields.take::<BTreeMap<String, String>>("metadata")?;
@@ -72,10 +74,11 @@ impl Common {
         fields.take::<String>("prompt_cache_key")?;
 
         let user: Option<String> = fields.take("user")?;
-        let cache_salt = match fields.take("cache_prompt")? {
+        let cache_prompt = fields.take("cache_prompt")?.unwrap_or(true);
+        let cache_salt = match cache_prompt {
+            true => salt(key, user.as_deref()),
             // A salt of its own shares prefixes with nobody.
-            Some(false) => uuid::Uuid::new_v4().simple().to_string(),
-            _ => salt(key, user.as_deref()),
+            false => uuid::Uuid::new_v4().simple().to_string(),
         };
         let (stream, include_usage) = streaming(fields)?;
         Ok(Self {
@@ -85,6 +88,7 @@ impl Common {
             max_tokens: max_tokens(fields, "max_tokens")?,
             format: fields.take("grammar")?.map_or(Format::Text, Format::Gbnf),
             cache_salt,
+            cache_prompt,
             stream,
             include_usage,
         })

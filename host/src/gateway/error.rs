@@ -90,6 +90,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message).about("model")
     }
 
+    /// The status is the one that RFC 9111 has for it (5.2.1.7).
+    pub fn not_kept() -> Self {
+        let message = "there is no kept answer to this request, and `cache-control: only-if-cached` wants no other";
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "cache_error", "not_cached", message)
+    }
+
     pub fn internal() -> Self {
         let message = "something went wrong inside the node; its log says what";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "internal_error", message)

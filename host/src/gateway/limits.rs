@@ -30,6 +30,10 @@ impl Caller {
         scheme.eq_ignore_ascii_case("bearer").then_some(key.trim()).filter(|key| !key.is_empty())
     }
 
+    pub fn headers(&self) -> &HeaderMap {
+        &self.0.headers
+    }
+
     /// The context for a call on this caller's behalf.
     pub fn cx(&self, edge: &Edge) -> Cx {
         let cx = Cx::new().with_timeout(edge.request_timeout);

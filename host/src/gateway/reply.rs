@@ -12,8 +12,9 @@ use super::Edge;
 use super::common::Common;
 use super::error::ApiError;
 use super::limits::Caller;
-use super::sse;
-use crate::scheduler::{Answer, Refused};
+use super::{caching, sse};
+use crate::cache::Telling;
+use crate::scheduler::Refused;
 
 /// How long a stream's headers wait for its first chunk. A request that fails at once, as over a prompt that is too long, still
 /// gets a status of its own; any other has its headers when it starts, not when its first token comes.
@@ -89,28 +90,37 @@ pub(super) async fn reply<S: Shape>(
     generation: Generation,
     shape: S,
 ) -> Result<Response, ApiError> {
-    let mut answer = edge.scheduler.generate(caller.cx(edge), generation).await?;
+    let (mut answer, x_cache) = match &edge.cache {
+        None => (Telling::from(edge.scheduler.generate(caller.cx(edge), generation).await?), None),
+        Some(cache) => {
+            let answer = cache.answer(caller.cx(edge), generation, caching::wish(caller.headers(), common.cache_prompt)).await?;
+            let answer = answer.ok_or_else(ApiError::not_kept)?;
+            let x_cache = caching::told(answer.found);
+            (answer, Some(x_cache))
+        }
+    };
+    let x_cache = x_cache.map(|value| [(caching::X_CACHE, value)]);
     let head = Head {
         id: format!("{}{}", S::ID, uuid::Uuid::new_v4().simple()),
         object: if common.stream { S::CHUNK } else { S::OBJECT },
         created: now(),
         model: common.model.clone(),
-        system_fingerprint: fingerprint(answer.plugin(), &common.model),
+        system_fingerprint: fingerprint(&answer.plugin, &common.model),
     };
     if !common.stream {
         let (text, logprobs, done) = collect(answer).await?;
         let body = shape.whole(&head, &text, &logprobs, done.finish, done.usage);
-        return Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response());
+        return Ok((x_cache, [(header::CONTENT_TYPE, "application/json")], body).into_response());
     }
     let first = match tokio::time::timeout(FIRST_CHUNK, answer.next()).await {
         Ok(Some(Err(refused))) => return Err(refused.into()),
         Ok(first) => first.and_then(Result::ok),
         Err(_) => None,
     };
-    Ok(sse::response(answer, first, head, shape, common.include_usage, edge.ping_interval))
+    Ok((x_cache, sse::response(answer, first, head, shape, common.include_usage, edge.ping_interval)).into_response())
 }
 
-async fn collect(mut answer: Answer) -> Result<(String, Vec<TokenLogprob>, Done), ApiError> {
+async fn collect(mut answer: Telling) -> Result<(String, Vec<TokenLogprob>, Done), ApiError> {
     let mut text = String::new();
     let mut logprobs = Vec::new();
     while let Some(chunk) = answer.next().await {

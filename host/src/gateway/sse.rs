@@ -13,14 +13,15 @@ use tracing::debug;
 
 use super::error::ApiError;
 use super::reply::{Head, Shape, ended_early};
-use crate::scheduler::{Answer, Refused};
+use crate::cache::Telling;
+use crate::scheduler::Refused;
 
 /// A comment: clients skip it, and proxies see that the connection lives.
 const PING: Bytes = Bytes::from_static(b":\n\n");
 const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
 pub(super) fn response<S: Shape>(
-    answer: Answer,
+    answer: Telling,
     first: Option<Chunk>,
     head: Head,
     shape: S,
@@ -47,7 +48,7 @@ pub(super) fn response<S: Shape>(
 }
 
 struct Events<S> {
-    answer: Answer,
+    answer: Telling,
     head: Head,
     shape: S,
     usage: bool,

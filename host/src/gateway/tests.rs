@@ -31,7 +31,7 @@ async fn node_with(config: config::Gateway, queue: usize, routes: Vec<Arc<Infere
     });
     let metrics = Metrics::new(&scheduler, plugins);
     let shutdown = CancellationToken::new();
-    let serving = serve(config, scheduler, metrics, shutdown.clone()).await.expect("a free port");
+    let serving = serve(config, scheduler, None, metrics, shutdown.clone()).await.expect("a free port");
     Node { url: format!("http://{}", serving.address), serving: Some(serving), shutdown, routes }
 }
 
@@ -408,6 +408,6 @@ async fn a_taken_port_is_told_with_what_to_do() {
     let config = config::Gateway { listen: node.address(), ..config() };
     let (scheduler, _routes) = scheduler(4, []);
     let metrics = Metrics::new(&scheduler, Arc::new(|| Box::pin(async { Vec::new() })));
-    let error = serve(config, scheduler, metrics, CancellationToken::new()).await.expect_err("the port is taken");
+    let error = serve(config, scheduler, None, metrics, CancellationToken::new()).await.expect_err("the port is taken");
     assert!(error.to_string().contains("choose another address with `gateway.listen`"), "{error}");
 }

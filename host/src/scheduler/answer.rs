@@ -26,6 +26,7 @@ pub struct Answer {
     scheduler: Arc<Scheduler>,
     metrics: ModelMetrics,
     plugin: String,
+    digest: Option<String>,
     model: String,
     arrived: Instant,
     last_output: Option<Instant>,
@@ -58,6 +59,7 @@ impl Answer {
         metrics.queue_time.observe(arrived.elapsed().as_secs_f64());
         Answer {
             plugin: run.held.lane.plugin.clone(),
+            digest: run.held.digest(),
             model: run.held.lane.model.clone(),
             phase: Phase::Streaming(run),
             scheduler,
@@ -68,9 +70,14 @@ impl Answer {
         }
     }
 
-    /// The plugin that took the request first.
+    /// The plugin that answers: as long as nothing was said yet, another may still take its place.
     pub fn plugin(&self) -> &str {
         &self.plugin
+    }
+
+    /// The digest of the model that answers, where its plugin knows it.
+    pub fn digest(&self) -> Option<&str> {
+        self.digest.as_deref()
     }
 
     /// The next chunk; `None` after the end. A dropped call loses nothing.
@@ -171,7 +178,11 @@ impl futures::Stream for Answer {
                     }
                 }
                 Phase::Retrying(starting) => match ready!(starting.as_mut().poll(context)) {
-                    Ok(run) => answer.phase = Phase::Streaming(run),
+                    Ok(run) => {
+                        answer.plugin.clone_from(&run.held.lane.plugin);
+                        answer.digest = run.held.digest();
+                        answer.phase = Phase::Streaming(run);
+                    }
                     Err(refused) => {
                         answer.phase = Phase::Over;
                         return Poll::Ready(Some(Err(answer.scheduler.refused(refused))));

@@ -61,6 +61,11 @@ impl Held {
         Held { scheduler, route, lane, metrics, inside: Some(inside), since: Instant::now(), suspect }
     }
 
+    /// The digest of the model, as the plugin gives it.
+    pub fn digest(&self) -> Option<String> {
+        self.route.serves(&self.lane.model)?.digest.clone()
+    }
+
     /// Takes the suspicion off a request that has produced output: whatever happens to it now, it is not tried again.
     pub fn acquit(&mut self) {
         if std::mem::take(&mut self.suspect) {

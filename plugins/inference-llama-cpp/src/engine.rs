@@ -220,18 +220,25 @@ impl Engine {
                 Err(error) => drop(announce.send(Err(error))),
             }
         };
-        let thread = thread::Builder::new()
-            .name(thread_name("llama", &config.id))
-            .spawn(work)
-            .map_err(|error| Error::Failed(format!("no thread for model `{}`: {error}", config.id)))?;
-        let ready = announced.recv().unwrap_or_else(|_| Err(Error::Failed("the engine's thread ended while starting".into())));
-        let (context, threads, cache) = match ready {
-            Ok(ready) => ready,
-            Err(error) => {
-                // It has said why it ends; a panic on top would say no more.
-                let _ = thread.join();
-                return Err(error);
+        let (thread, (context, threads, cache)) = if model.is_causal() {
+            let thread = thread::Builder::new()
+                .name(thread_name("llama", &config.id))
+                .spawn(work)
+                .map_err(|error| Error::Failed(format!("no thread for model `{}`: {error}", config.id)))?;
+            let ready =
+                announced.recv().unwrap_or_else(|_| Err(Error::Failed("the engine's thread ended while starting".into())));
+            match ready {
+                Ok(ready) => (Some(thread), ready),
+                Err(error) => {
+                    // It has said why it ends; a panic on top would say no more.
+                    let _ = thread.join();
+                    return Err(error);
+                }
             }
+        } else {
+            // Such models are small, and two threads that wait for each other at each layer are slower than one.
+            let threads = config.threads.map_or(1, |threads| i32::try_from(threads.min(512)).unwrap_or(1));
+            (None, (context, Threads { decode: threads, prompt: threads }, 0))
         };
         let info = Info {
             context,
@@ -242,10 +249,12 @@ impl Engine {
             prompt_threads: threads.prompt,
         };
         let pooling = Pooling::of(header.of_architecture("pooling_type"));
-        let embedding = ModelConfig { parallel: 1, prefill_chunk: embed::CHUNK as u32, ..config.clone() };
+        let embedding = ModelConfig { parallel: 1, prefill_chunk: embed::step(&model, context), ..config.clone() };
         let embedding = memory::estimate(&header, &embedding, context);
         // Logits for every token of a step, which the estimate counts for one token per sequence.
-        let embedding_bytes = embedding.cache + embedding.compute + embed::CHUNK as u64 * u64::from(model.vocabulary()) * 4;
+        let embedding_bytes = embedding.cache
+            + embedding.compute
+            + if model.is_causal() { u64::from(embed::step(&model, context)) * u64::from(model.vocabulary()) * 4 } else { 0 };
         Ok(Self {
             shared,
             model,
@@ -254,7 +263,7 @@ impl Engine {
             pooling,
             embedder: Mutex::new(None),
             embedding_bytes,
-            thread: Mutex::new(Some(thread)),
+            thread: Mutex::new(thread),
         })
     }
 
@@ -363,6 +372,10 @@ impl Engine {
         }
         *self.embedder() = None;
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_none() {
+            // Nobody else says that nothing is taken any more.
+            self.shared.commands().take();
+        }
         if let Some(thread) = thread {
             // A panic on it was caught and logged there.
             let _ = thread.join();
@@ -399,6 +412,10 @@ impl Engine {
         }
         if generation.max_tokens == Some(0) {
             return Err(Error::Invalid("`max_tokens` is 0: nothing would be generated".into()));
+        }
+        if !self.model.is_causal() {
+            let id = &self.shared.id;
+            return Err(Error::Invalid(format!("`{id}` embeds texts and does not continue them: ask a chat model")));
         }
         let prompt = self.prompt(&generation.input)?;
         let context = self.info.context;

@@ -87,7 +87,7 @@ impl Context {
             (sys::llama_n_ctx_seq(raw.as_ptr()), sys::llama_n_batch(raw.as_ptr()), sys::llama_get_memory(raw.as_ptr()))
         };
         let context = Self { raw, model, stop, context: per_sequence.min(shape.context), batch, threads: 1 };
-        if memory.is_null() {
+        if memory.is_null() && !shape.embeddings {
             return Err(Error::Failed("this kind of model has no cache, so it cannot continue text".into()));
         }
         Ok((context, heard.allocated))
@@ -129,9 +129,12 @@ impl Context {
     /// Forgets what a sequence holds from `position` on, and returns how much is left: `position`, or 0 where the model's cache
     /// cannot be cut (recurrent layers) or no longer reaches back far enough (a sliding window).
     pub fn truncate(&mut self, sequence: i32, position: usize) -> usize {
-        // SAFETY: `raw` is live and has a memory; the sequence is one that it was made for.
+        // SAFETY: `raw` is live, and so is its memory, where it has one; the sequence is one that it was made for.
         unsafe {
             let memory = sys::llama_get_memory(self.raw.as_ptr());
+            if memory.is_null() {
+                return 0;
+            }
             if position > 0 && sys::llama_memory_seq_rm(memory, sequence, position as i32, -1) {
                 let first = sys::llama_memory_seq_pos_min(memory, sequence);
                 let last = sys::llama_memory_seq_pos_max(memory, sequence);

@@ -1,7 +1,8 @@
 //! Vectors for texts: a context of its own, on a thread of its own, from the first time that someone asks.
 //!
 //! A text is read in chunks like a prompt, and the vectors of its tokens are pooled here. So the buffers stay small however long
-//! the text is: llama.cpp's own pooling needs the whole text in one batch.
+//! the text is: llama.cpp's own pooling needs the whole text in one batch. A model that is made for embedding alone, such as BERT, looks at
+//! each token in the light of all: it gets the whole text in one step, and its context, which is short, bounds the buffers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,8 +36,13 @@ impl Pooling {
     }
 }
 
-/// Tokens per step. Every token of a step also gets logits, which nobody reads but which take memory.
-pub const CHUNK: usize = 64;
+/// Tokens per step of a model that continues text. Every token of a step also gets logits, which nobody reads but which take memory.
+const CHUNK: u32 = 64;
+
+/// Tokens per step.
+pub fn step(model: &Model, context: u32) -> u32 {
+    if model.is_causal() { CHUNK } else { context }
+}
 
 /// Callers that may wait behind the one being served.
 const QUEUE: usize = 8;
@@ -73,10 +79,11 @@ impl Embedder {
         pooling: Pooling,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, Error> {
+        let step = step(&model, context);
         let shape = Shape {
             context,
             sequences: 1,
-            batch: CHUNK as u32,
+            batch: step,
             cache_keys: CacheType::F16,
             cache_values: CacheType::F16,
             embeddings: true,
@@ -86,7 +93,7 @@ impl Embedder {
         let (jobs, queue) = sync_channel(QUEUE);
         let thread = thread::Builder::new()
             .name(name)
-            .spawn(move || serve(&mut context, pooling, &queue, &stop))
+            .spawn(move || serve(&mut context, step as usize, pooling, &queue, &stop))
             .map_err(|error| Error::Failed(format!("no thread for embeddings: {error}")))?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
@@ -113,13 +120,13 @@ impl Drop for Embedder {
     }
 }
 
-fn serve(context: &mut Context, pooling: Pooling, queue: &Receiver<Job>, stop: &AtomicBool) {
-    let mut batch = Batch::new(CHUNK);
+fn serve(context: &mut Context, step: usize, pooling: Pooling, queue: &Receiver<Job>, stop: &AtomicBool) {
+    let mut batch = Batch::new(step);
     while let Ok(job) = queue.recv() {
         let gone = || stop.load(Ordering::Relaxed) || (job.gone)();
         let vectors = match &job.work {
-            Work::Embed(texts) => texts.iter().map(|text| embed(context, &mut batch, text, pooling, &gone)).collect(),
-            Work::States { text, last } => states(context, &mut batch, text, *last, &gone),
+            Work::Embed(texts) => texts.iter().map(|text| embed(context, &mut batch, step, text, pooling, &gone)).collect(),
+            Work::States { text, last } => states(context, &mut batch, step, text, *last, &gone),
         };
         // A caller that has gone does not need the answer.
         let _ = job.answer.send(vectors);
@@ -129,12 +136,13 @@ fn serve(context: &mut Context, pooling: Pooling, queue: &Receiver<Job>, stop: &
 fn embed(
     context: &mut Context,
     batch: &mut Batch,
+    step: usize,
     text: &[i32],
     pooling: Pooling,
     gone: &dyn Fn() -> bool,
 ) -> Result<Vec<f32>, Error> {
     let mut pooled: Vec<f32> = Vec::new();
-    read(context, batch, text, gone, |_, vector| match pooling {
+    read(context, batch, step, text, gone, |_, vector| match pooling {
         _ if pooled.is_empty() => pooled = vector.to_vec(),
         Pooling::Mean => pooled.iter_mut().zip(vector).for_each(|(sum, value)| *sum += value),
         Pooling::First => {}
@@ -146,12 +154,13 @@ fn embed(
 fn states(
     context: &mut Context,
     batch: &mut Batch,
+    step: usize,
     text: &[i32],
     last: usize,
     gone: &dyn Fn() -> bool,
 ) -> Result<Vec<Vec<f32>>, Error> {
     let mut states = Vec::with_capacity(last);
-    read(context, batch, text, gone, |place, vector| {
+    read(context, batch, step, text, gone, |place, vector| {
         if place + last >= text.len() {
             states.push(vector.to_vec());
         }
@@ -163,18 +172,19 @@ fn states(
 fn read(
     context: &mut Context,
     batch: &mut Batch,
+    step: usize,
     text: &[i32],
     gone: &dyn Fn() -> bool,
     mut show: impl FnMut(usize, &[f32]),
 ) -> Result<(), Error> {
     context.truncate(0, 0);
-    for (number, chunk) in text.chunks(CHUNK).enumerate() {
+    for (number, chunk) in text.chunks(step).enumerate() {
         if gone() {
             return Err(Error::Abandoned);
         }
         batch.clear();
         for (place, &token) in chunk.iter().enumerate() {
-            batch.add(token, number * CHUNK + place, 0, true);
+            batch.add(token, number * step + place, 0, true);
         }
         context.decode(batch).map_err(|error| match error {
             DecodeError::Stopped => Error::Abandoned,
@@ -182,7 +192,7 @@ fn read(
         })?;
         for place in 0..chunk.len() {
             let vector = context.embedding(place).ok_or_else(|| Error::Failed("llama.cpp computed no embedding".into()))?;
-            show(number * CHUNK + place, vector);
+            show(number * step + place, vector);
         }
     }
     Ok(())

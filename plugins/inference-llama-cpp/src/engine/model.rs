@@ -25,6 +25,9 @@ pub struct Model {
     vocabulary: u32,
     bos: Option<i32>,
     eos: Option<i32>,
+    sep: Option<i32>,
+    /// Whether a token sees only those before it.
+    causal: bool,
     template: Option<Result<ChatTemplate, Error>>,
     /// How many positions back the model attends, where that is limited.
     pub(crate) window: u32,
@@ -71,15 +74,26 @@ impl Model {
         if vocabulary_type == sys::LLAMA_VOCAB_TYPE_NONE {
             return Err(failed("it has no tokenizer".into()));
         }
-        if encodes || !decodes || header.flag(&format!("{}.attention.causal", header.architecture())) == Some(false) {
+        if encodes || !decodes {
             return Err(failed(format!(
-                "`{}` models do not continue text, which is all that this plugin does",
+                "`{}` models read one text and write another, which this plugin does not do",
                 header.architecture()
             )));
         }
+        let causal = header.flag(&format!("{}.attention.causal", header.architecture())) != Some(false);
         let vocabulary = u32::try_from(inner.n_vocab()).unwrap_or(0);
-        let mut model =
-            Self { inner, vocabulary, bos: None, eos: None, template: None, window: u32::try_from(window).unwrap_or(0) };
+        let mut model = Self {
+            inner,
+            vocabulary,
+            bos: None,
+            eos: None,
+            sep: None,
+            causal,
+            template: None,
+            window: u32::try_from(window).unwrap_or(0),
+        };
+        // SAFETY: `raw` is the live model.
+        model.sep = model.special(LlamaToken::new(unsafe { sys::llama_vocab_sep(sys::llama_model_get_vocab(raw)) }));
         model.bos = model.special(model.vocab().bos());
         model.eos = model.special(model.vocab().eos());
         let text = |token: Option<i32>| token.map(|token| model.special_text(token)).unwrap_or_default();
@@ -122,9 +136,21 @@ impl Model {
         Ok(tokens)
     }
 
-    /// The tokens of a text to be embedded: a prompt, with the model's EOS at the end where it wants one.
+    /// Whether the model continues text. One that does not reads a text whole, and embeds it.
+    pub fn is_causal(&self) -> bool {
+        self.causal
+    }
+
+    /// The tokens of a text to be embedded: a prompt, with the model's separator or EOS at the end where it wants one.
     pub fn tokenize_whole(&self, text: &str) -> Result<Vec<i32>, Error> {
         let mut tokens = self.tokenize_prompt(text)?;
+        // SAFETY: the model is live.
+        if let Some(sep) = self.sep
+            && unsafe { sys::llama_vocab_get_add_sep(sys::llama_model_get_vocab(self.raw())) }
+            && tokens.last() != Some(&sep)
+        {
+            tokens.push(sep);
+        }
         if let Some(eos) = self.eos
             && self.vocab().should_add_eos()
             && tokens.last() != Some(&eos)
