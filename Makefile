@@ -6,7 +6,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
-PLUGINS := chain-base inference-echo inference-llama-cpp prover-groth16 storage-disk storage-s5 transport-libp2p
+PLUGINS := chain-base inference-echo inference-llama-cpp prover-ezkl prover-groth16 storage-disk storage-s5 transport-libp2p
 # make demo KEEP=1 leaves everything up until Ctrl-C.
 KEEP ?=
 # GPU backends for llama.cpp, built in: make run FEATURES=cuda
@@ -16,7 +16,7 @@ LLAMA_FEATURES := $(if $(FEATURES),--features $(subst $(comma),$(comma)inference
 
 CONTRACTS := plugins/chain-base/contracts
 
-.PHONY: help run build test bench clients chain demo embedding-model check-rust build-packages test-packages nextest
+.PHONY: help run build test bench ezkl clients chain demo embedding-model check-rust build-packages test-packages nextest
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -34,7 +34,7 @@ build: check-rust build-packages ## Builds the node and the plugins, and locks t
 	$(CARGO) build --release --package fabstir-host $(PLUGINS:%=--package %) $(LLAMA_FEATURES)
 	@$(BIN)/fabstir-node plugin lock $(foreach plugin,$(PLUGINS),$(BIN)/lib$(subst -,_,$(plugin)).so)
 
-test: build test-packages nextest clients chain embedding-model ## Runs every test, against the built node and real plugins.
+test: build test-packages nextest clients chain ezkl embedding-model ## Runs every test, against the built node and real plugins.
 	$(CARGO) build --release --package inference-faulty
 	npm test --prefix $(CONTRACTS)
 	$(CARGO) nextest run --cargo-profile release --workspace --exclude fabstir-benches
@@ -43,6 +43,9 @@ test: build test-packages nextest clients chain embedding-model ## Runs every te
 
 bench: build ## Measures the plugin boundary, the speed of answers and the cost of vouchers, beside their floors.
 	$(CARGO) bench --package fabstir-benches
+
+ezkl: test-packages ## Installs EZKL for the plugin prover-ezkl, with pinned hashes.
+	plugins/prover-ezkl/setup.sh
 
 clients: test-packages ## Installs OpenAI's Python and Node clients for the tests.
 	tests/clients/setup.sh

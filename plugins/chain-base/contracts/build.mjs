@@ -9,7 +9,9 @@ import { fileURLToPath } from "node:url";
 
 const root = dirname(fileURLToPath(import.meta.url));
 const require = createRequire(import.meta.url);
-const contracts = ["NodeRegistry", "ModelRegistry", "ComputeEscrow", "ProofHub", "verifiers/Groth16Verifier", "verifiers/HeadVerifier"];
+const contracts = [
+  "NodeRegistry", "ModelRegistry", "ComputeEscrow", "ProofHub", "verifiers/EzklVerifier", "verifiers/Groth16Verifier", "verifiers/HeadVerifier",
+];
 /** The largest contract a chain accepts (EIP-170). */
 const maxCode = 24_576;
 
@@ -46,16 +48,15 @@ export function compile(sources) {
 function main() {
   const check = process.argv.includes("--check");
   const sources = {};
-  const files = ["", "verifiers/"].flatMap((folder) => readdirSync(join(root, "src", folder)).map((file) => `${folder}${file}`));
-  for (const file of files.filter((f) => f.endsWith(".sol")).sort()) {
+  for (const file of readdirSync(join(root, "src"), { recursive: true }).filter((f) => f.endsWith(".sol")).sort()) {
     sources[`src/${file}`] = readFileSync(join(root, "src", file), "utf8");
   }
   const { contracts: built, compiler } = compile(sources);
   mkdirSync(join(root, "artifacts"), { recursive: true });
   let stale = 0;
-  for (const file of contracts) {
-    const name = file.split("/").pop();
-    const { abi, evm } = built[`src/${file}.sol`][name];
+  for (const contract of contracts) {
+    const name = contract.split("/").pop();
+    const { abi, evm } = built[`src/${contract}.sol`][name];
     const size = evm.deployedBytecode.object.length / 2;
     if (size > maxCode) throw new Error(`${name} has ${size} bytes, the limit is ${maxCode}`);
     const artifact = {

@@ -1,0 +1,134 @@
+//! What happens when workers are ended, hang or run out of memory, and when files are damaged.
+
+use std::time::{Duration, Instant};
+
+use fabstir_plugin_api::prelude::*;
+
+use super::{Subject, about, classifier, commitment, config, soon};
+use crate::Config;
+
+/// Begins to make the keys of the model, which takes seconds, and returns when a worker is at it.
+async fn at_work(subject: &Subject) -> (Stream<Preparing>, i32) {
+    let before = subject.workers();
+    let stream = subject.plugin.prepare(&Cx::new(), "onnx-model:classifier".into()).await.unwrap();
+    soon("a worker at work", || subject.workers().len() > before.len()).await;
+    let worker = subject.workers().into_iter().find(|id| !before.contains(id)).unwrap();
+    (stream, worker)
+}
+
+fn signal(worker: i32, signal: &str) {
+    assert!(std::process::Command::new("kill").args([signal, &worker.to_string()]).status().unwrap().success());
+}
+
+/// Reads to the end, and returns the error there.
+async fn error_of(stream: Stream<Preparing>) -> PluginError {
+    stream.collect().await.unwrap_err()
+}
+
+async fn works(subject: &Subject) {
+    let proof = subject.prove(commitment()).await.unwrap();
+    assert!(subject.verify(proof).await.unwrap().holds);
+    let work = subject.state.path().join("work");
+    soon("an empty workplace", || std::fs::read_dir(&work).unwrap().count() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_stream_ends_the_worker_at_once_and_leaves_nothing() {
+    let subject = Subject::start(Config { models: vec![classifier()], ..config(1100) }).await;
+    let (mut stream, worker) = at_work(&subject).await;
+    while !matches!(stream.next().await, Some(Ok(Preparing::Progress(stage))) if stage.doing == "making the keys") {}
+    let began = Instant::now();
+    drop(stream);
+    soon("the end of the worker", || !subject.workers().contains(&worker)).await;
+    println!("ended {:?} after the drop", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_eq!(subject.plugin.statements(&Cx::new()).await.unwrap()[1].program, None);
+    works(&subject).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_is_unavailable_and_the_next_call_has_another() {
+    let subject = Subject::start(Config { models: vec![classifier()], ..config(1200) }).await;
+    let (stream, worker) = at_work(&subject).await;
+    signal(worker, "-KILL");
+    let error = error_of(stream).await;
+    assert_eq!(error.code, Code::Unavailable);
+    assert!(error.message.contains("signal 9"), "{error}");
+    works(&subject).await;
+    // One that dies while it waits is not even noticed.
+    subject.workers().into_iter().for_each(|worker| signal(worker, "-KILL"));
+    works(&subject).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_hangs_is_ended_when_its_time_is_over() {
+    let limits = Config { prepare_timeout_ms: Some(4000), models: vec![classifier()], ..config(1300) };
+    let subject = Subject::start(limits).await;
+    let (stream, worker) = at_work(&subject).await;
+    // Once its start is over: that has a bound of its own.
+    let mut stream = stream;
+    while !matches!(stream.next().await, Some(Ok(Preparing::Progress(_)))) {}
+    signal(worker, "-STOP");
+    let error = error_of(stream).await;
+    assert_eq!(error.code, Code::Unavailable);
+    assert!(error.message.contains("within") && error.message.contains("_ms`"), "{error}");
+    soon("the end of the worker", || !subject.workers().contains(&worker)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn out_of_memory_is_full_and_names_the_bound() {
+    let subject = Subject::start(Config { models: vec![classifier()], threads: Some(2), ..config(100) }).await;
+    let error = subject.prepare("onnx-model:classifier").await.unwrap_err();
+    assert_eq!(error.code, Code::Full, "{error}");
+    assert!(error.message.contains("`memory_bytes` is"), "{error}");
+    works(&subject).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_keys_are_corrupt_once_and_then_made_again() {
+    let subject = Subject::start(config(1400)).await;
+    let mut last = None;
+    for file in ["vk", "srs", "settings", "pk", "circuit", "record"] {
+        let prepared = subject.prepare("commitment").await.unwrap();
+        assert_ne!(prepared.program, last, "the keys are new ones");
+        let proof = subject.prove(commitment()).await.unwrap();
+        let keys = std::fs::read_dir(subject.state.path().join("keys")).unwrap().map(|entry| entry.unwrap().path());
+        let folder = keys.into_iter().find(|path| path.extension().is_none()).unwrap();
+        let mut bytes = std::fs::read(folder.join(file)).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 4;
+        std::fs::write(folder.join(file), bytes).unwrap();
+
+        let error = match file {
+            "pk" | "circuit" => subject.prove(commitment()).await.unwrap_err(),
+            _ => subject.verify(proof.clone()).await.unwrap_err(),
+        };
+        assert_eq!(error.code, Code::Corrupt, "{file}: {error}");
+        assert!(error.message.contains(file) && error.message.contains(".bad"), "{error}");
+        assert_eq!(subject.verify(proof).await.unwrap_err().code, Code::NotFound);
+        last = prepared.program;
+    }
+    // A file that is missing is as bad as one that is damaged.
+    subject.prepare("commitment").await.unwrap();
+    let keys = std::fs::read_dir(subject.state.path().join("keys")).unwrap().map(|entry| entry.unwrap().path());
+    let folder = keys.into_iter().find(|path| path.extension().is_none()).unwrap();
+    std::fs::remove_file(folder.join("pk")).unwrap();
+    assert_eq!(subject.prepare("commitment").await.unwrap_err().code, Code::Corrupt);
+    works(&subject).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_is_none_of_the_statements_is_refused_before_any_work() {
+    let subject = Subject::start(config(1500)).await;
+    let before = subject.workers();
+    let task = |about: About, witness: Witness| subject.plugin.prove(&Cx::new(), Task { about, witness, ..commitment() });
+    let cx = Cx::new();
+    let state = Witness::State { position: 0, values: vec![0.0], token: 1 };
+    assert_eq!(task(about(), state).await.err().unwrap().code, Code::InvalidArgument);
+    let huge = About { subject: format!("0x{}", "ff".repeat(32)), ..about() };
+    assert_eq!(task(huge, Witness::None).await.err().unwrap().code, Code::InvalidArgument);
+    let unknown = subject.plugin.prove(&cx, Task { statement: "output-head:x".into(), ..commitment() });
+    assert_eq!(unknown.await.err().unwrap().code, Code::NotFound);
+    assert_eq!(subject.plugin.estimate(&cx, "x".into()).await.unwrap_err().code, Code::NotFound);
+    assert_eq!(subject.workers(), before);
+}
