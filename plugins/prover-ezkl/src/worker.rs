@@ -174,7 +174,9 @@ impl Worker {
             .name("ezkl-worker".into())
             .spawn(move || match command.spawn() {
                 Ok(mut child) => {
-                    let (Some(input), Some(output), Some(errors)) = (child.stdin.take(), child.stdout.take(), child.stderr.take()) else {
+                    let (Some(input), Some(output), Some(errors)) =
+                        (child.stdin.take(), child.stdout.take(), child.stderr.take())
+                    else {
                         unreachable!("the three were asked for as pipes")
                     };
                     let child = Arc::new(Mutex::new(child));
@@ -202,8 +204,11 @@ impl Worker {
         let _ = self.requests.send(Request { line, answer });
         let answered = tokio::time::timeout(limit.time, answered).await;
         let answered = answered.map_err(|_| EzklError::TimedOut { doing, limit: limit.time, key: limit.key })?;
-        let line = answered.map_err(|_| EzklError::Died { doing, how: "before it was asked".into() })?.map_err(|end| self.ended(doing, &end))?;
-        let answer: Answer = serde_json::from_str(&line).map_err(|error| EzklError::Nonsense { doing, said: error.to_string() })?;
+        let line = answered
+            .map_err(|_| EzklError::Died { doing, how: "before it was asked".into() })?
+            .map_err(|end| self.ended(doing, &end))?;
+        let answer: Answer =
+            serde_json::from_str(&line).map_err(|error| EzklError::Nonsense { doing, said: error.to_string() })?;
         let took = Took { cpu_ms: answer.cpu_ms, peak: answer.peak.unwrap_or(0) };
         match answer {
             Answer { memory: true, .. } => Err(EzklError::OutOfMemory { doing, limit: self.memory }),
@@ -231,7 +236,13 @@ impl Worker {
 }
 
 /// Carries requests and answers until the worker has ended or is dropped.
-fn attend(child: &Mutex<Child>, requests: &mpsc::Receiver<Request>, mut input: impl Write, mut output: impl BufRead, errors: impl Read + Send) {
+fn attend(
+    child: &Mutex<Child>,
+    requests: &mpsc::Receiver<Request>,
+    mut input: impl Write,
+    mut output: impl BufRead,
+    errors: impl Read + Send,
+) {
     let said = Mutex::new(VecDeque::new());
     std::thread::scope(|scope| {
         let listener = std::thread::Builder::new().name("ezkl-stderr".into()).spawn_scoped(scope, || listen(errors, &said));

@@ -77,19 +77,44 @@ async fn statement(id: &str, witness: Witness) -> Result<(), Box<dyn std::error:
         keys as f64 / 1e6,
         prover.estimate(&Cx::new(), id.into()).await?
     );
-    let began = Instant::now();
-    let mut stream = prover.prove(&Cx::new(), task).await?;
-    stream.next().await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let dropped = Instant::now();
-    drop(stream);
-    // The next work begins when the last has ended.
-    let mut stream = prover.prepare(&Cx::new(), id.into()).await?;
-    while let Some(step) = stream.next().await {
-        step?;
+    let mut slowest = Duration::ZERO;
+    for tenths in (0..30).step_by(3) {
+        let mut stream = prover.prove(&Cx::new(), task.clone()).await?;
+        slowest = slowest.max(given_up(&prover, &mut stream, tenths).await?);
     }
-    println!("{id}: dropped after {:?}, and other work was done {:?} later", dropped - began, dropped.elapsed());
+    println!("{id}: a proof that is given up ends within {slowest:?}");
+    slowest = Duration::ZERO;
+    for tenths in (0..75).step_by(15) {
+        std::fs::remove_dir_all(state_dir.path().join("keys"))?;
+        std::fs::create_dir(state_dir.path().join("keys"))?;
+        let mut stream = prover.prepare(&Cx::new(), id.into()).await?;
+        slowest = slowest.max(given_up(&prover, &mut stream, tenths).await?);
+    }
+    println!("{id}: a set-up that is given up ends within {slowest:?}");
     Ok(())
+}
+
+/// Reads a stream for so long and drops it: how long until other work can begin, which is when this has ended.
+async fn given_up<T: Send + 'static>(prover: &Groth16, stream: &mut Stream<T>, tenths: u64) -> Result<Duration> {
+    let until = tokio::time::sleep(Duration::from_millis(100 * tenths + 50));
+    tokio::pin!(until);
+    loop {
+        tokio::select! {
+            () = &mut until => break,
+            step = stream.next() => if step.transpose()?.is_none() { break },
+        }
+    }
+    *stream = Stream::from_items([]);
+    let dropped = Instant::now();
+    // Checking small keys, or making them, is little work.
+    let mut other = prover.prepare(&Cx::new(), "commitment".into()).await?;
+    while let Some(step) = other.next().await {
+        match step? {
+            Preparing::Progress(stage) if stage.doing.starts_with("waiting") => {}
+            _ => return Ok(dropped.elapsed()),
+        }
+    }
+    Ok(dropped.elapsed())
 }
 
 fn files(folder: &Path) -> std::io::Result<u64> {
