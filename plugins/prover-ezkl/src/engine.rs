@@ -253,7 +253,13 @@ impl Engine {
         let zero = field::to_hex(&Word::default());
         let model = circuit.model.as_ref();
         let digest = model.map_or_else(|| "00".repeat(32), |model| model.digest.clone());
-        let about = About { subject: field::to_hex(&field::from_integer(1)), model: digest, input: zero.clone(), output: zero };
+        let about = About {
+            subject: field::to_hex(&field::from_integer(1)),
+            job: None,
+            model: digest,
+            input: zero.clone(),
+            output: zero,
+        };
         let bound = circuit.bind(&about).map_err(EzklError::BadTask)?;
         let witness = model.map_or(Witness::None, |model| Witness::Inputs(vec![model.examples[0].clone()]));
         let values = public::values(circuit, &witness, keys.record.input_scale)?;
