@@ -31,8 +31,7 @@ const STATEMENT: &str = "commitment";
 /// What the client puts down at most, for a session and for a job.
 const MOST: &str = "0.1eth";
 /// At these prices a few short answers are worth more than the fees of their settlement. In wei for a million tokens.
-const PRICES: &str =
-    "[network]\nprice_input_wei_per_mtok = 2_000_000_000_000_000_000\nprice_output_wei_per_mtok = 8_000_000_000_000_000_000";
+const SECTIONS: &str = "[cache]\nenabled = true\n\n[network]\nprice_input_wei_per_mtok = 2_000_000_000_000_000_000\nprice_output_wei_per_mtok = 8_000_000_000_000_000_000";
 /// A development chain has safe blocks late: the nodes do not wait for them below this amount.
 const MARKET: &str = "sure_above_wei = 1_000_000_000_000_000_000";
 const STAKE: &str = "1eth";
@@ -99,12 +98,12 @@ async fn walk() -> Told<Stage> {
     let mut before = vec![total(&client)?, total(&payout)?];
 
     step("Two nodes, each with a stake; the second knows only the first");
-    let first = place(&chain, NODE, PRICES, MARKET, &format!("{NET}{storage}{PROVER}{}", tiny_chat()));
+    let first = place(&chain, NODE, SECTIONS, MARKET, &format!("{NET}{storage}{PROVER}{}", tiny_chat()));
     before.push(total(&first)?);
     let program = verifier(&chain, &first)?;
     let first = start(first, "node 1").await?;
     let entries = format!("{}{storage}{}", net_from(&first.address), tiny_chat());
-    let second = place(&chain, OTHER_NODE, PRICES, MARKET, &entries);
+    let second = place(&chain, OTHER_NODE, SECTIONS, MARKET, &entries);
     before.push(total(&second)?);
     let nodes = [first, start(second, "node 2").await?];
 
@@ -118,6 +117,9 @@ async fn walk() -> Told<Stage> {
     step(&format!("A job that is posted for any node that proves its result, with {MOST} put down"));
     job(&client, &bootstrap, &program)?;
     tampered(&chain, &program).await?;
+
+    step("The same question again, at the first node");
+    again(&nodes[0]).await?;
 
     step("What came of it");
     let withdrawn = client.run(&["market", "withdraw", "--json"]);
@@ -279,6 +281,29 @@ async fn tampered(chain: &DevChain, program: &str) -> Told<()> {
         }
         (whole, turned) => Err(format!("the contract says {whole} to the proof and {turned} to one that was tampered with")),
     }
+}
+
+/// Asks a node twice at its own port: the second answer comes from its cache.
+async fn again(node: &Provider) -> Told<()> {
+    let mut question = chat("tiny-chat", QUESTIONS[0]);
+    question["temperature"] = json!(0);
+    let client = reqwest::Client::builder().no_proxy().build().map_err(|error| error.to_string())?;
+    for expected in ["miss", "hit; layer=exact"] {
+        let began = Instant::now();
+        let asked = client.post(format!("{}/v1/chat/completions", node.node.url)).json(&question).send().await;
+        let reply = asked.map_err(|error| error.to_string())?;
+        let told = reply.headers().get("x-cache").and_then(|told| told.to_str().ok()).unwrap_or("nothing").to_owned();
+        let answer: Value = reply.json().await.map_err(|error| error.to_string())?;
+        let took = began.elapsed().as_secs_f64() * 1e3;
+        line(
+            "answered",
+            format!("{} in {took:.1} ms, x-cache: {told}", text(&answer["choices"][0]["message"]["content"]).trim()),
+        );
+        if !told.starts_with(expected) {
+            return Err(format!("the answer tells {told} of the cache, and not {expected}"));
+        }
+    }
+    Ok(())
 }
 
 /// What the nodes were paid, as the client and the nodes tell it: they have to agree.

@@ -137,7 +137,7 @@ async fn stored(config: &Config, reference: &ResultRef, result: &JobResult) -> O
         let read = async {
             let place =
                 Alone::start_entry(config.clone(), entry, |routes| &routes.storage).await.map_err(|error| error.to_string())?;
-            let bytes = read_blob(&*place.client, &reference.id).await.map_err(|error| error.to_string());
+            let bytes = read_blob(&*place.client, reference.id.clone()).await.map_err(|error| error.to_string());
             place.end().await;
             JobOutput::read(&bytes?, &result.output_commitment).map_err(|error| error.to_string())
         };
