@@ -430,7 +430,7 @@ fn called(input: &str) -> &str {
 impl Stage {
     /// How to go on with it.
     fn tell(&self) {
-        let Self { chain, nodes, client } = self;
+        let Self { chain, nodes, client, .. } = self;
         let (program, folder) = (artifact("fabstir-node"), client.path());
         println!("\nIt stays up until Ctrl-C.\n");
         line("chain", text(&chain.config()["rpc"][0]));
