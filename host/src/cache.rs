@@ -29,6 +29,8 @@ use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::inference::{Chunk, Embed, Generation, Input};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
+use tokio::sync::oneshot;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::now_ms;
 use crate::config;
@@ -144,8 +146,11 @@ struct Semantic {
     at_least: f32,
 }
 
-/// How long making a question's vector may take; past that a request goes on without.
-const EMBED: Duration = Duration::from_millis(200);
+/// How long a request waits for the vector of its question; past that it goes on without.
+const AWAIT_VECTOR: Duration = Duration::from_millis(200);
+
+/// How long making one may take. One that comes while the answer is generated is kept with it.
+const EMBED: Duration = Duration::from_secs(10);
 
 /// A request that may be answered from the cache.
 #[derive(Clone)]
@@ -157,8 +162,15 @@ struct Asked {
     since_ms: u64,
     /// The space and the question, where others may be alike.
     question: Option<(Key, String)>,
-    /// With its vector, once that is made.
-    wording: Arc<OnceLock<Wording>>,
+    wording: Arc<Worded>,
+}
+
+/// A question with its vector, once that is made.
+#[derive(Default)]
+struct Worded {
+    made: OnceLock<Wording>,
+    /// What makes it, until nobody waits for the answer any more.
+    making: OnceLock<AbortOnDropHandle<()>>,
 }
 
 impl Cache {
@@ -253,13 +265,29 @@ impl Cache {
     /// The question with its vector, where it has one and a slot is free to make it.
     async fn wording(&self, asked: &Asked) -> Option<Wording> {
         let (semantic, (space, text)) = (self.semantic.as_ref()?, asked.question.clone()?);
+        if let Some(made) = asked.wording.made.get() {
+            return Some(made.clone());
+        }
         if self.scheduler.free(&semantic.model) == 0 {
             return None;
         }
         let embed = Embed { model: semantic.model.clone(), inputs: vec![Input::Text(text.clone())] };
-        let made = tokio::time::timeout(EMBED, self.scheduler.embed(Cx::new().with_timeout(EMBED), embed)).await.ok()?;
-        let vector = made.ok()?.vectors.pop()?;
-        Some(asked.wording.get_or_init(|| Wording { space, text, vector }).clone())
+        let (scheduler, worded) = (self.scheduler.clone(), Arc::downgrade(&asked.wording));
+        let (made, is_made) = oneshot::channel();
+        let making = tokio::spawn(async move {
+            let embedded = scheduler.embed(Cx::new().with_timeout(EMBED), embed).await;
+            if let (Ok(mut embedded), Some(worded)) = (embedded, worded.upgrade())
+                && let Some(vector) = embedded.vectors.pop()
+            {
+                worded.made.get_or_init(|| Wording { space, text, vector });
+            }
+            // Who has gone on without is not told.
+            let _ = made.send(());
+        });
+        // A second try for the same request finds the first one's work.
+        let _ = asked.wording.making.set(AbortOnDropHandle::new(making));
+        let _ = tokio::time::timeout(AWAIT_VECTOR, is_made).await;
+        asked.wording.made.get().cloned()
     }
 
     /// A look into the store, where that is wanted, and else a generation.
@@ -290,7 +318,7 @@ impl Cache {
                 tenant: request.cache_salt.clone(),
                 model: request.model.clone(),
                 entry,
-                wording: wording.get().cloned(),
+                wording: wording.made.get().cloned(),
             });
         })
     }
