@@ -176,6 +176,11 @@ async fn a_commitment_is_proven_within_two_cpu_seconds_and_nothing_else_holds() 
     assert_eq!((took.prepare_cpu_ms, took.proof_bytes), (Some(0), Some(proof.proof.len() as u64)));
     assert!(took.prove_cpu_ms.unwrap() <= 2000, "{took:?}");
 
+    // A proof that is good for another job is none for this one.
+    let elsewhere = About { subject: format!("0x00{}", "9e".repeat(31)), ..about() };
+    let replayed = subject.prove(Task { about: elsewhere, ..commitment() }).await.unwrap().proof;
+    assert!(!subject.verify(Proof { proof: replayed, ..proof.clone() }).await.unwrap().holds);
+
     let began = Instant::now();
     let count = none_hold(&subject, others(&proof, 700)).await;
     println!("{count} other proofs do not hold, checked in {:?}", began.elapsed());

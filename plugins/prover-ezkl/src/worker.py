@@ -150,6 +150,9 @@ def answer(line):
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 end_with_parent(int(sys.argv[1]))
+# A terminal's Ctrl-C reaches every process of the node, which ends this one when it has no more use for it.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]), int(sys.argv[2])))
 
@@ -158,3 +161,6 @@ import ezkl  # noqa: E402  Under the limit, and with descriptor 1 out of its rea
 for line in sys.stdin:
     answers.write(json.dumps(answer(line)) + "\n")
     answers.flush()
+
+# Without the interpreter's own end, which threads of the wheel may not survive.
+os._exit(0)

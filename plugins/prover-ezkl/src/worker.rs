@@ -72,12 +72,6 @@ impl Bench {
     pub async fn turn(&self) -> Turn<'_> {
         Turn { launch: &self.launch, worker: self.worker.lock().await }
     }
-
-    /// The process id of the worker that waits at the bench.
-    #[cfg(test)]
-    pub async fn pid(&self) -> Option<u32> {
-        self.worker.lock().await.as_ref().map(|worker| worker.child.lock().id())
-    }
 }
 
 impl Turn<'_> {
@@ -143,11 +137,14 @@ impl Worker {
         let began = Instant::now();
         let worker = Self::spawn(launch).await?;
         let python = || launch.python.clone();
-        let limit = Limit { time: START, key: "memory_bytes" };
+        let limit = Limit { time: START, key: "" };
         let found = match worker.ask("starting", limit, "version", json!({})).await {
             Ok((found, _)) => found,
             // The script fails before its first answer: it has no ezkl, or is no Python.
             Err(EzklError::Died { how, .. }) => return Err(EzklError::NoEzkl { python: python(), said: how }),
+            Err(EzklError::TimedOut { .. }) => {
+                return Err(EzklError::NoEzkl { python: python(), said: format!("no answer within {} s", START.as_secs()) });
+            }
             Err(error) => return Err(error),
         };
         match found.as_str() {

@@ -16,6 +16,10 @@ async fn at_work(subject: &Subject) -> (Stream<Preparing>, i32) {
     (stream, worker)
 }
 
+async fn until(stream: &mut Stream<Preparing>, doing: &str) {
+    while !matches!(stream.next().await.unwrap().unwrap(), Preparing::Progress(stage) if stage.doing == doing) {}
+}
+
 fn signal(worker: i32, signal: &str) {
     assert!(std::process::Command::new("kill").args([signal, &worker.to_string()]).status().unwrap().success());
 }
@@ -36,7 +40,7 @@ async fn works(subject: &Subject) {
 async fn a_dropped_stream_ends_the_worker_at_once_and_leaves_nothing() {
     let subject = Subject::start(Config { models: vec![classifier()], ..config(1100) }).await;
     let (mut stream, worker) = at_work(&subject).await;
-    while !matches!(stream.next().await, Some(Ok(Preparing::Progress(stage))) if stage.doing == "making the keys") {}
+    until(&mut stream, "making the keys").await;
     let began = Instant::now();
     drop(stream);
     soon("the end of the worker", || !subject.workers().contains(&worker)).await;
@@ -62,12 +66,10 @@ async fn a_killed_worker_is_unavailable_and_the_next_call_has_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_hangs_is_ended_when_its_time_is_over() {
-    let limits = Config { prepare_timeout_ms: Some(4000), models: vec![classifier()], ..config(1300) };
+    let limits = Config { prepare_timeout_ms: Some(20_000), models: vec![classifier()], ..config(1300) };
     let subject = Subject::start(limits).await;
-    let (stream, worker) = at_work(&subject).await;
-    // Once its start is over: that has a bound of its own.
-    let mut stream = stream;
-    while !matches!(stream.next().await, Some(Ok(Preparing::Progress(_)))) {}
+    let (mut stream, worker) = at_work(&subject).await;
+    until(&mut stream, "making the keys").await;
     signal(worker, "-STOP");
     let error = error_of(stream).await;
     assert_eq!(error.code, Code::Unavailable);
@@ -121,8 +123,8 @@ async fn damaged_keys_are_corrupt_once_and_then_made_again() {
 async fn a_task_that_is_none_of_the_statements_is_refused_before_any_work() {
     let subject = Subject::start(config(1500)).await;
     let before = subject.workers();
-    let task = |about: About, witness: Witness| subject.plugin.prove(&Cx::new(), Task { about, witness, ..commitment() });
     let cx = Cx::new();
+    let task = |about: About, witness: Witness| subject.plugin.prove(&cx, Task { about, witness, ..commitment() });
     let state = Witness::State { position: 0, values: vec![0.0], token: 1 };
     assert_eq!(task(about(), state).await.err().unwrap().code, Code::InvalidArgument);
     let huge = About { subject: format!("0x{}", "ff".repeat(32)), ..about() };
