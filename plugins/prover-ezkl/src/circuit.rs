@@ -240,7 +240,13 @@ mod tests {
 
     fn about() -> About {
         let hex = |byte: &str| format!("0x{}", byte.repeat(32));
-        About { subject: format!("0x00{}", "9f".repeat(31)), model: "0a".repeat(32), input: hex("bb"), output: hex("cc") }
+        About {
+            subject: format!("0x00{}", "9f".repeat(31)),
+            job: None,
+            model: "0a".repeat(32),
+            input: hex("bb"),
+            output: hex("cc"),
+        }
     }
 
     #[test]
