@@ -22,7 +22,9 @@ impl Portal {
         command.args(["--listen", "127.0.0.1:0", "--dir"]).arg(folder.path()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("its output is a pipe")).read_line(&mut line).expect("it says where it listens");
+        BufReader::new(child.stdout.take().expect("its output is a pipe"))
+            .read_line(&mut line)
+            .expect("it says where it listens");
         let url = line.trim().strip_prefix("Listening on ").unwrap_or_else(|| panic!("it printed {line:?}")).to_owned();
         Self { child, url, folder }
     }

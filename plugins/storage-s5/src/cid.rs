@@ -20,7 +20,9 @@ const BLAKE3: u8 = 0x1e;
 pub enum NameError {
     #[error("a blob's id is its BLAKE3 hash as 64 lower-case hexadecimal digits")]
     Id,
-    #[error("an S5 name of a blob is z, b, f or u and its bytes in that base: a prefix, a BLAKE3 hash and at most 8 bytes of size")]
+    #[error(
+        "an S5 name of a blob is z, b, f or u and its bytes in that base: a prefix, a BLAKE3 hash and at most 8 bytes of size"
+    )]
     Cid,
 }
 

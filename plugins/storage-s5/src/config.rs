@@ -91,7 +91,9 @@ impl Config {
     /// Refuses values that fit their types and make no sense, and reads the tokens.
     pub fn check(self, state_dir: &Path) -> Result<Settings> {
         if self.portals.is_empty() {
-            return Err(PluginError::invalid("`portals` is empty: name at least one, such as { url = \"https://s5.example.org\" }"));
+            return Err(PluginError::invalid(
+                "`portals` is empty: name at least one, such as { url = \"https://s5.example.org\" }",
+            ));
         }
         let bounded = |key: &str, value: u64, least: u64, most: u64| match (least..=most).contains(&value) {
             true => Ok(value),
@@ -167,7 +169,8 @@ mod tests {
     }
 
     fn with(key: &str, value: serde_json::Value) -> Result<Settings> {
-        let mut json = serde_json::json!({ "portals": [{ "url": "http://127.0.0.1:5050" }, { "url": "https://s5.example.org/a" }] });
+        let mut json =
+            serde_json::json!({ "portals": [{ "url": "http://127.0.0.1:5050" }, { "url": "https://s5.example.org/a" }] });
         json[key] = value;
         check(json, Path::new("/state"))
     }
@@ -197,7 +200,9 @@ mod tests {
             let error = with(key, value).expect_err(key);
             assert!(error.message.contains(key), "{key}: {error}");
         }
-        for url in ["", "s5.example.org", "ftp://s5.example.org", "http://user@s5.example.org", "http://s5.example.org/?auth_token=x"] {
+        for url in
+            ["", "s5.example.org", "ftp://s5.example.org", "http://user@s5.example.org", "http://s5.example.org/?auth_token=x"]
+        {
             let error = with("portals", serde_json::json!([{ "url": url }])).expect_err(url);
             assert!(error.message.contains("portal 1") && error.message.contains("url"), "{error}");
         }

@@ -33,7 +33,9 @@ pub enum S5Error {
     Corrupt { id: Id, why: String },
     #[error("the disk is full: {needed} bytes or more would have to wait in {}: free some space", dir.display())]
     DiskFull { needed: u64, dir: PathBuf },
-    #[error("{needed} bytes or more would have to wait on the disk, {used} of `spool_max_bytes` {max} are in use: try again, or raise it")]
+    #[error(
+        "{needed} bytes or more would have to wait on the disk, {used} of `spool_max_bytes` {max} are in use: try again, or raise it"
+    )]
     SpoolFull { needed: u64, used: u64, max: u64 },
     /// Nobody is to blame but the portals, and later they may do it.
     #[error("{doing} failed: {why}")]

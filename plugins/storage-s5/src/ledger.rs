@@ -85,7 +85,8 @@ impl Ledger {
 
     /// The folders of all blobs that were put, in descending order of id.
     pub fn shards(&self) -> Result<Vec<PathBuf>, S5Error> {
-        let mut shards: Vec<PathBuf> = names(&self.root.join(BLOBS))?.into_iter().map(|name| self.root.join(BLOBS).join(name)).collect();
+        let mut shards: Vec<PathBuf> =
+            names(&self.root.join(BLOBS))?.into_iter().map(|name| self.root.join(BLOBS).join(name)).collect();
         shards.sort_unstable_by(|a, b| b.cmp(a));
         Ok(shards)
     }
@@ -173,7 +174,8 @@ fn remove(path: &Path) -> Result<bool, S5Error> {
 
 fn names(folder: &Path) -> Result<Vec<String>, S5Error> {
     let entries = fs::read_dir(folder).map_err(S5Error::io("list", folder))?;
-    let names: io::Result<Vec<Option<String>>> = entries.map(|entry| entry.map(|entry| entry.file_name().into_string().ok())).collect();
+    let names: io::Result<Vec<Option<String>>> =
+        entries.map(|entry| entry.map(|entry| entry.file_name().into_string().ok())).collect();
     Ok(names.map_err(S5Error::io("list", folder))?.into_iter().flatten().collect())
 }
 

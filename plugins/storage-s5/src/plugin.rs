@@ -125,7 +125,9 @@ impl Storage for S5 {
     }
 
     async fn pointer_payload(&self, _: &Cx, pointer: Pointer) -> Result<Vec<u8>> {
-        Key::parse(&pointer.key).and_then(|_| pointer::check(pointer.revision, &pointer.data, MOST_DATA)).map_err(S5Error::from)?;
+        Key::parse(&pointer.key)
+            .and_then(|_| pointer::check(pointer.revision, &pointer.data, MOST_DATA))
+            .map_err(S5Error::from)?;
         Ok(pointer::payload(pointer.revision, &pointer.data))
     }
 

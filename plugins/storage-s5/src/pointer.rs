@@ -179,7 +179,8 @@ mod tests {
     #[test]
     fn nothing_of_an_entry_can_be_changed() {
         let good = signed(5, b"data").unwrap().to_wire();
-        let other = URL_SAFE_NO_PAD.encode([&[ED25519], &SigningKey::from_bytes(&[8; 32]).verifying_key().to_bytes()[..]].concat());
+        let other =
+            URL_SAFE_NO_PAD.encode([&[ED25519], &SigningKey::from_bytes(&[8; 32]).verifying_key().to_bytes()[..]].concat());
         let changed = [
             Wire { revision: 6, ..good.clone() },
             Wire { data: URL_SAFE_NO_PAD.encode(b"date"), ..good.clone() },

@@ -3,8 +3,8 @@
 mod fault;
 mod tus;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -212,12 +212,18 @@ impl Portal {
         let asked_for = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
         if status == StatusCode::TOO_MANY_REQUESTS || (status == StatusCode::SERVICE_UNAVAILABLE && asked_for.is_some()) {
             let rest = asked_for.map_or(REST, Duration::from_secs).min(LONGEST_REST);
-            warn!(portal = self.name(), rest_s = rest.as_secs(), "The portal wants fewer requests: it is left alone for a while.");
+            warn!(
+                portal = self.name(),
+                rest_s = rest.as_secs(),
+                "The portal wants fewer requests: it is left alone for a while."
+            );
             *self.rest_until.lock() = Some(Instant::now() + rest);
             return Err(Fault::Busy(rest));
         }
         match status {
             StatusCode::NOT_FOUND | StatusCode::GONE => Err(Fault::Missing),
+            // That of an upload whose broken connection the portal has not noticed yet.
+            StatusCode::LOCKED => Err(Fault::Unreachable("it is still busy with an earlier part of the upload".into())),
             _ if status.is_server_error() => Err(Fault::Unreachable(format!("it answered with status {}", status.as_u16()))),
             _ => {
                 // What it says is a help, not a need.

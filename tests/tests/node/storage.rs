@@ -60,7 +60,11 @@ fn file_goes_to_a_plugin_and_comes_back() {
     for plugin in ["disk", "s5"] {
         let storage = |arguments: &[&str]| place.run(&[&["storage"], arguments, &["--plugin", plugin]].concat());
         let put = storage(&["put", "in", "--json"]);
-        assert_eq!((put.code, put.json()["id"].as_str(), put.json()["size"].as_u64()), (0, Some(&*id), Some(3 * MIB + 5)), "{put:#?}");
+        assert_eq!(
+            (put.code, put.json()["id"].as_str(), put.json()["size"].as_u64()),
+            (0, Some(&*id), Some(3 * MIB + 5)),
+            "{put:#?}"
+        );
         assert_eq!(storage(&["put", "in"]).out.trim(), id, "a second put is no fault");
         assert_eq!(storage(&["ls"]).out.trim(), format!("{id}  {}", 3 * MIB + 5));
         assert_eq!(storage(&["ls", "--json"]).json(), serde_json::json!([{ "id": id, "size": 3 * MIB + 5 }]));
@@ -165,7 +169,8 @@ fn put_that_is_killed_goes_on_where_the_portal_is() {
     let again = place.run(&[&put[..], &["--log", "info"]].concat());
     assert_eq!((again.code, again.out.trim()), (0, &*id), "{again:#?}");
     let line = again.err.lines().find(|line| line.contains("goes on where it broke off")).unwrap_or_else(|| panic!("{again:#?}"));
-    let offset = line.split("offset=").nth(1).and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u64>().ok());
+    let offset =
+        line.split("offset=").nth(1).and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u64>().ok());
     assert!(offset.is_some_and(|offset| offset >= 20 * MIB), "{line}");
     println!("killed with {} MiB at the portal; the next put began at byte {offset:?}", there / MIB);
     assert_eq!(id_of(&portal.blob(&id)), id);
@@ -210,7 +215,11 @@ fn portal_that_lies_is_found_out_and_another_one_read() {
     assert!(verified.out.starts_with(&format!("BAD  {id}")) && verified.out.contains(&lying.url), "{verified:#?}");
     let got = place.run(&["storage", "get", &id, "-o", "out", "--plugin", "s5", "--json"]);
     assert!(refusal(got, 1, "corrupt").contains("goes on from there"));
-    assert_eq!(fs::metadata(place.path().join("out.part")).expect("what came is kept").len(), 3 * MIB, "and nothing that was not checked");
+    assert_eq!(
+        fs::metadata(place.path().join("out.part")).expect("what came is kept").len(),
+        3 * MIB,
+        "and nothing that was not checked"
+    );
 
     // The blob on a second portal, put there by somebody else: the same command goes on there.
     let other = Place::new(&config(&[&good]));
@@ -276,7 +285,12 @@ fn gigabyte_goes_up_and_down_in_little_memory() {
     let over = |peak: u64| peak.saturating_sub(idle);
     println!(
         "1 GiB: up in {:.1} s with {} MiB over the {} MiB of an idle command, down in {:.1} s with {} MiB; the portal grew by {} MiB",
-        up_took.as_secs_f32(), over(up) / MIB, idle / MIB, down_took.as_secs_f32(), over(down) / MIB, portal_grown / MIB
+        up_took.as_secs_f32(),
+        over(up) / MIB,
+        idle / MIB,
+        down_took.as_secs_f32(),
+        over(down) / MIB,
+        portal_grown / MIB
     );
     assert!(over(up) <= ALLOWED && over(down) <= ALLOWED, "{up} and {down} bytes, {idle} idle");
 }

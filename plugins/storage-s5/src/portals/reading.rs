@@ -156,7 +156,8 @@ impl Reading {
             }
             Source::Spool(blob) => {
                 let to = end.min(start + GROUP);
-                let pieces: Vec<Bytes> = blob.read(start, to).try_collect().await.map_err(S5Error::io("read in", "the spool".as_ref()))?;
+                let pieces: Vec<Bytes> =
+                    blob.read(start, to).try_collect().await.map_err(S5Error::io("read in", "the spool".as_ref()))?;
                 pieces.concat()
             }
         };

@@ -59,15 +59,24 @@ async fn what_the_key_has_not_signed_is_passed_over() {
     let (bad, good) = (Troublemaker::start().await, Portal::start(&[]));
     let both = Instance::new(&[&bad.url, &good.url], json!({})).await;
     set(&both, 3, b"true").await.expect("is moved");
-    let mut forged = Entry::new(Key::parse(&key()).unwrap(), 3, b"true".to_vec(), &signed(&both, 3, b"true").await.unwrap().signature, MOST_DATA)
-        .unwrap()
-        .to_wire();
+    let mut forged = Entry::new(
+        Key::parse(&key()).unwrap(),
+        3,
+        b"true".to_vec(),
+        &signed(&both, 3, b"true").await.unwrap().signature,
+        MOST_DATA,
+    )
+    .unwrap()
+    .to_wire();
     forged.revision = 9;
     bad.makes(Trouble::Pointer(json!(forged)));
     assert_eq!(get(&both).await, Ok((3, b"true".to_vec())));
     let only_bad = Instance::new(&[&bad.url], json!({})).await;
     let error = get(&only_bad).await.unwrap_err();
-    assert!(error.code == Code::Denied && error.message.contains("signature"), "that it lies does not mean that there is none: {error}");
+    assert!(
+        error.code == Code::Denied && error.message.contains("signature"),
+        "that it lies does not mean that there is none: {error}"
+    );
 
     let other = SigningKey::from_bytes(&[8; 32]);
     let (revision, data) = (12, b"another's".to_vec());

@@ -76,7 +76,11 @@ async fn blob_that_was_read_once_is_read_in_parts_afterwards() {
     let (_bad, good, _, _, id) = two_copies(&bytes).await;
     let counter = Troublemaker::before(good).await;
     let stranger = Instance::new(&[&counter.url], json!({})).await;
-    assert_eq!(stranger.s5.head(&Cx::new(), id.clone()).await.unwrap_err().code, Code::NotFound, "no word of a portal is passed on as a size");
+    assert_eq!(
+        stranger.s5.head(&Cx::new(), id.clone()).await.unwrap_err().code,
+        Code::NotFound,
+        "no word of a portal is passed on as a size"
+    );
     assert_eq!(stranger.read(&id, 4 * MIB as u64, Some(3)).await, (bytes[4 * MIB..][..3].to_vec(), None));
     assert_eq!(stranger.s5.head(&Cx::new(), id.clone()).await.map(|entry| entry.size), Ok(5 * MIB as u64));
     // A portal that breaks off later than the one group that is needed.

@@ -53,18 +53,29 @@ impl Drop for Portal {
 pub enum Trouble {
     None,
     /// One bit of every blob is another one, from this byte on.
-    OtherBytes { from: u64 },
+    OtherBytes {
+        from: u64,
+    },
     /// Blobs end after so many bytes, as if that were all.
-    Truncated { after: u64 },
+    Truncated {
+        after: u64,
+    },
     /// The connection breaks after so many bytes of a blob, in either direction.
-    Breaks { after: u64 },
+    Breaks {
+        after: u64,
+    },
     /// Nothing more comes after so many bytes of a blob.
-    Stalls { after: u64 },
+    Stalls {
+        after: u64,
+    },
     /// Blobs come without an end.
     Endless,
     Status(u16),
     /// With `Retry-After` of so many seconds, for so many requests.
-    TooMany { seconds: u64, times: u32 },
+    TooMany {
+        seconds: u64,
+        times: u32,
+    },
     /// The answer to an upload names another blob.
     OtherName,
     /// Every pointer is answered with this one.
@@ -174,11 +185,8 @@ async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response 
     let request = shared.client.request(parts.method, format!("{}{path}", shared.portal)).headers(headers);
     let response = match request.body(reqwest::Body::wrap_stream(body)).send().await {
         Ok(response) => response,
-        // The connection to the plugin breaks as well.
-        Err(_) => {
-            let broken = futures::stream::iter([std::io::Result::<Bytes>::Err(std::io::Error::other("broken"))]);
-            return Response::builder().header(header::CONTENT_LENGTH, 5).body(Body::from_stream(broken)).expect("a response");
-        }
+        // As a proxy does whose portal is gone.
+        Err(_) => return StatusCode::BAD_GATEWAY.into_response(),
     };
     let (status, headers) = (response.status(), response.headers().clone());
     let mut answer = (status, keep(&headers, &trouble)).into_response();

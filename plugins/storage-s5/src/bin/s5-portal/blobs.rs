@@ -90,7 +90,8 @@ pub async fn append<E: std::fmt::Display>(
 pub async fn upload(State(portal): Shared, request: Request) -> Result<Json<Value>, Refusal> {
     let incoming = NamedTempFile::new_in(portal.dir.join("incoming"))?;
     let mut file = File::from_std(incoming.reopen()?);
-    let boundary = request.headers().get(header::CONTENT_TYPE).and_then(|value| multer::parse_boundary(value.to_str().ok()?).ok());
+    let boundary =
+        request.headers().get(header::CONTENT_TYPE).and_then(|value| multer::parse_boundary(value.to_str().ok()?).ok());
     let body = request.into_body().into_data_stream();
     let whole = match boundary {
         None => append(&mut file, body, MOST_AT_ONCE).await?,
@@ -114,7 +115,11 @@ pub async fn upload(State(portal): Shared, request: Request) -> Result<Json<Valu
     Ok(Json(json!({ "cid": Cid { id, size }.legacy() })))
 }
 
-pub async fn download(State(portal): Shared, Captured(name): Captured<String>, headers: HeaderMap) -> Result<Response<Body>, Refusal> {
+pub async fn download(
+    State(portal): Shared,
+    Captured(name): Captured<String>,
+    headers: HeaderMap,
+) -> Result<Response<Body>, Refusal> {
     let cid = Cid::parse(&name)?;
     let size = portal.size(&cid).await?;
     let range = headers.get(header::RANGE).map(|range| range.to_str().ok().and_then(|range| part(range, size)));

@@ -55,7 +55,9 @@ type Shared = State<Arc<Portal>>;
 
 fn main() -> ExitCode {
     let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let result = threads.map_err(|error| format!("cannot start threads: {error}")).and_then(|threads| threads.block_on(serve(Arguments::parse())));
+    let result = threads
+        .map_err(|error| format!("cannot start threads: {error}"))
+        .and_then(|threads| threads.block_on(serve(Arguments::parse())));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {

@@ -73,7 +73,11 @@ pub async fn offset(State(portal): Shared, Captured(name): Captured<String>) -> 
     Ok((headers, [("tus-resumable", "1.0.0"), ("cache-control", "no-store")]))
 }
 
-pub async fn append(State(portal): Shared, Captured(name): Captured<String>, request: Request) -> Result<impl IntoResponse, Refusal> {
+pub async fn append(
+    State(portal): Shared,
+    Captured(name): Captured<String>,
+    request: Request,
+) -> Result<impl IntoResponse, Refusal> {
     speaks_tus(request.headers())?;
     let kind = request.headers().get(header::CONTENT_TYPE);
     if kind.is_none_or(|kind| kind != "application/offset+octet-stream") {
