@@ -222,6 +222,8 @@ impl Portal {
         }
         match status {
             StatusCode::NOT_FOUND | StatusCode::GONE => Err(Fault::Missing),
+            // That of an upload whose broken connection the portal has not noticed yet.
+            StatusCode::LOCKED => Err(Fault::Unreachable("it is still busy with an earlier part of the upload".into())),
             _ if status.is_server_error() => Err(Fault::Unreachable(format!("it answered with status {}", status.as_u16()))),
             _ => {
                 // What it says is a help, not a need.

@@ -1,10 +1,12 @@
 //! Uploads that go on where they broke off: the tus protocol, version 1.0.0, as S5 portals speak it.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LOCATION};
 use reqwest::{Method, RequestBuilder, Url};
-use std::sync::Arc;
 use tracing::{debug, info};
 
 use super::{Fault, Portal};
@@ -41,14 +43,20 @@ impl Portal {
             // A chunk that it took without an answer has moved the offset.
             let wait = match (again, &broke) {
                 (Some(wait), _) => wait,
-                (None, Fault::Refused { status: 409, .. }) if breaks + 1 < BREAKS => std::time::Duration::ZERO,
+                (None, Fault::Refused { status: 409, .. }) if breaks + 1 < BREAKS => Duration::ZERO,
                 _ => return Err(broke.into()),
             };
             debug!(portal = self.name(), blob = %cid.id, offset, why = %broke, "The upload broke off, and goes on.");
             breaks += 1;
             tokio::time::sleep(wait).await;
             match self.offset(&url, size).await {
-                Ok(now) => offset = now,
+                Ok(now) => {
+                    // Part of the chunk has come: it moves.
+                    if now > offset {
+                        breaks = 0;
+                    }
+                    offset = now;
+                }
                 // It ended the upload, and its answer was lost.
                 Err(Fault::Missing) => break,
                 Err(_) => {}

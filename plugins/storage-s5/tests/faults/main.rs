@@ -11,7 +11,7 @@ use fabstir_plugin_api::prelude::*;
 use serde_json::json;
 use storage_s5::{Config, S5};
 
-/// An instance that gives up early, with a state folder of its own.
+/// An instance with a state folder of its own, which gives a portal up as soon as a busy machine allows.
 struct Instance {
     s5: S5,
     state: tempfile::TempDir,
@@ -25,7 +25,7 @@ impl Instance {
 
     async fn within(state: tempfile::TempDir, portals: &[&str], more: serde_json::Value) -> Self {
         let portals: Vec<_> = portals.iter().map(|url| json!({ "url": url })).collect();
-        let mut config = json!({ "portals": portals, "timeout_ms": 500, "single_max_bytes": 1 << 20, "chunk_bytes": 1 << 20 });
+        let mut config = json!({ "portals": portals, "timeout_ms": 4000, "single_max_bytes": 1 << 20, "chunk_bytes": 1 << 20 });
         for (key, value) in more.as_object().expect("a table") {
             config[key] = value.clone();
         }

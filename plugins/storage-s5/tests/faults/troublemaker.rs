@@ -185,11 +185,8 @@ async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response 
     let request = shared.client.request(parts.method, format!("{}{path}", shared.portal)).headers(headers);
     let response = match request.body(reqwest::Body::wrap_stream(body)).send().await {
         Ok(response) => response,
-        // The connection to the plugin breaks as well.
-        Err(_) => {
-            let broken = futures::stream::iter([std::io::Result::<Bytes>::Err(std::io::Error::other("broken"))]);
-            return Response::builder().header(header::CONTENT_LENGTH, 5).body(Body::from_stream(broken)).expect("a response");
-        }
+        // As a proxy does whose portal is gone.
+        Err(_) => return StatusCode::BAD_GATEWAY.into_response(),
     };
     let (status, headers) = (response.status(), response.headers().clone());
     let mut answer = (status, keep(&headers, &trouble)).into_response();

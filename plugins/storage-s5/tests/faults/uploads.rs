@@ -54,7 +54,7 @@ async fn what_no_portal_has_acknowledged_is_not_stored() {
 #[tokio::test(flavor = "multi_thread")]
 async fn short_rest_is_waited_for_and_a_long_one_is_told() {
     let bad = Troublemaker::start().await;
-    let instance = Instance::new(&[&bad.url], json!({ "timeout_ms": 2000 })).await;
+    let instance = Instance::new(&[&bad.url], json!({ "timeout_ms": 4000 })).await;
     bad.makes(Trouble::TooMany { seconds: 1, times: 1 });
     let began = Instant::now();
     instance.put(&noise(10, 1)).await.expect("is put after the rest");
@@ -92,7 +92,7 @@ async fn upload_that_breaks_off_goes_on_where_it_was() {
 #[tokio::test(flavor = "multi_thread")]
 async fn put_that_is_given_up_is_resumed_by_the_next_instance() {
     let counter = Troublemaker::start().await;
-    let instance = Instance::new(&[&counter.url], json!({ "timeout_ms": 5000 })).await;
+    let instance = Instance::new(&[&counter.url], json!({ "timeout_ms": 10_000 })).await;
     let bytes = noise(12 * MIB, 2);
     {
         let put = instance.put(&bytes);
