@@ -130,7 +130,7 @@ fn others(proof: &Proof, bits: usize) -> Vec<Proof> {
     for at in 0..proof.public_inputs.len() {
         other(&|proof| proof.public_inputs[at] ^= 1 << (at % 8));
     }
-    other(&|proof| drop(proof.public_inputs.pop()));
+    other(&|proof| proof.public_inputs.truncate(proof.public_inputs.len() - 1));
     other(&|proof| proof.public_inputs.push(0));
     other(&|proof| proof.public_inputs.clear());
     for at in 0..bits {
@@ -141,7 +141,7 @@ fn others(proof: &Proof, bits: usize) -> Vec<Proof> {
     other(&|proof| proof.proof.fill(0xff));
     other(&|proof| proof.proof.clear());
     other(&|proof| proof.proof.push(0));
-    other(&|proof| drop(proof.proof.pop()));
+    other(&|proof| proof.proof.truncate(proof.proof.len() - 1));
     others
 }
 

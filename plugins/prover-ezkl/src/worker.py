@@ -22,13 +22,14 @@ def end_with_parent(parent):
         os._exit(1)
 
 
-def settled(result):
-    """Some functions of the wheel answer at once, some with something to wait for."""
+def settled(function, *arguments):
+    """Some functions of the wheel answer at once; some answer with something to wait for, and want to be called where one can."""
 
     async def wait():
-        return await result
+        result = function(*arguments)
+        return await result if hasattr(result, "__await__") else result
 
-    return asyncio.run(wait()) if hasattr(result, "__await__") else result
+    return asyncio.run(wait())
 
 
 def load(path):
@@ -57,11 +58,11 @@ def circuit(onnx, settings, compiled, scale, base, legs, range_checks, k, variab
         args.logrows = k
     ezkl.gen_settings(onnx, settings, args)
     if calibration is not None:
-        settled(ezkl.calibrate_settings(calibration, onnx, settings, "resources", 2.0, [scale], [1], None))
+        settled(ezkl.calibrate_settings, calibration, onnx, settings, "resources", 2.0, [scale], [1], None)
     ezkl.compile_circuit(onnx, compiled, settings)
     made = load(settings)
     # The moment of its making would give every circuit another hash.
-    made["timestamp"] = None
+    made["timestamp"] = 0
     dump(made, settings)
     return {
         "k": made["run_args"]["logrows"],
@@ -81,17 +82,17 @@ def setup(compiled, vk, pk, srs):
 
 
 def vka(vk, settings, vka, srs):
-    settled(ezkl.create_evm_vka(vk, settings, vka, srs))
+    settled(ezkl.create_evm_vka, vk, settings, vka, srs)
 
 
 def witness(inputs, data, compiled, witness, vk, srs):
     dump({"input_data": inputs}, data)
-    made = settled(ezkl.gen_witness(data, compiled, witness, vk, srs))
+    made = settled(ezkl.gen_witness, data, compiled, witness, vk, srs)
     return {"outputs": made["outputs"]}
 
 
 def prove(witness, compiled, pk, proof, srs):
-    made = settled(ezkl.prove(witness, compiled, pk, proof, srs))
+    made = settled(ezkl.prove, witness, compiled, pk, proof, srs)
     return {"instances": made["instances"][0], "proof": made["proof"].removeprefix("0x")}
 
 
@@ -103,7 +104,7 @@ def verify(instances, proof, file, settings, vk, srs):
     """Checks a proof for these instances: a proof's file holds none but them."""
     dump(
         {"protocol": None, "instances": [instances], "proof": list(bytes.fromhex(proof)), "hex_proof": "0x" + proof,
-         "split": None, "pretty_public_inputs": None, "timestamp": None, "version": ezkl.__version__},
+         "split": None, "pretty_public_inputs": None, "timestamp": 0, "version": ezkl.__version__},
         file,
     )
     try:
@@ -111,6 +112,9 @@ def verify(instances, proof, file, settings, vk, srs):
     except MemoryError:
         raise
     except BaseException as error:
+        # Files that cannot be read say nothing about the proof.
+        if "[io]" in str(error):
+            raise
         return {"holds": False, "why": str(error)[:300]}
 
 
