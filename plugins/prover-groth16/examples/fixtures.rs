@@ -59,7 +59,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let mut keys = Vec::new();
     for statement in ["commitment", name] {
-        let artifact: serde_json::Value = serde_json::from_str(&std::fs::read_to_string("plugins/chain-base/contracts/artifacts/Groth16Verifier.json")?)?;
+        let artifact: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string("plugins/chain-base/contracts/artifacts/Groth16Verifier.json")?)?;
         let code = artifact["bytecode"].as_str().unwrap_or_default().len() / 2 - 1;
         let contract = prover.verifier(&Cx::new(), statement.into()).await?;
         keys.push(text(&contract.creation[0][code..]));

@@ -16,7 +16,9 @@ pub enum Error {
     /// The task is none of the statement's, or not true.
     #[error("{0}")]
     Task(String),
-    #[error("{what} needs about {needed_mib} MiB of memory, and `max_memory_mib` is {allowed_mib}: raise it, or leave this model out")]
+    #[error(
+        "{what} needs about {needed_mib} MiB of memory, and `max_memory_mib` is {allowed_mib}: raise it, or leave this model out"
+    )]
     Memory { what: String, needed_mib: u64, allowed_mib: u64 },
     /// What is kept is not what was kept.
     #[error("the keys in {} are damaged ({reason}){}", path.display(), after(set_aside))]

@@ -149,7 +149,9 @@ impl Format {
             1 => Ok(Format::F16),
             8 => Ok(Format::Q8_0),
             30 => Ok(Format::Bf16),
-            _ => Err(NAMES.iter().find(|(known, _)| *known == number).map_or(format!("type {number}"), |(_, name)| (*name).into())),
+            _ => {
+                Err(NAMES.iter().find(|(known, _)| *known == number).map_or(format!("type {number}"), |(_, name)| (*name).into()))
+            }
         }
     }
 }
@@ -207,7 +209,9 @@ impl Reader {
         })?;
         let offset = self.at.next_multiple_of(alignment).checked_add(head.offset);
         let weights = width.checked_mul(tokens).filter(|weights| *weights > 0 && *weights < 1 << 40);
-        let (Some(offset), Some(weights)) = (offset, weights) else { return Err(format!("is damaged: `{}` has no sensible size", head.name)) };
+        let (Some(offset), Some(weights)) = (offset, weights) else {
+            return Err(format!("is damaged: `{}` has no sensible size", head.name));
+        };
         if format == Format::Q8_0 && width % BLOCK as u64 != 0 {
             return Err(format!("is damaged: the rows of `{}` are no whole blocks", head.name));
         }
@@ -294,7 +298,13 @@ fn from_f16(bits: u16) -> f32 {
     let fraction = f32::from(bits & 0x3ff);
     match bits >> 10 & 0x1f {
         0 => sign * fraction * 2f32.powi(-24),
-        31 => if fraction == 0.0 { sign * f32::INFINITY } else { f32::NAN },
+        31 => {
+            if fraction == 0.0 {
+                sign * f32::INFINITY
+            } else {
+                f32::NAN
+            }
+        }
         exponent => sign * (1024.0 + fraction) * 2f32.powi(i32::from(exponent) - 25),
     }
 }
@@ -365,7 +375,8 @@ pub(crate) mod tests {
 
     #[test]
     fn halves_are_read_as_they_are() {
-        for (bits, number) in [(0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x8000, 0.0), (0xc000, -2.0), (0x03ff, 6.097_555e-5)] {
+        for (bits, number) in [(0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x8000, 0.0), (0xc000, -2.0), (0x03ff, 6.097_555e-5)]
+        {
             assert_eq!(from_f16(bits), number);
         }
         assert!(from_f16(0x7c00).is_infinite() && from_f16(0x7e00).is_nan());

@@ -114,10 +114,7 @@ pub fn holds(key: &PreparedKey, inputs: &[Fr], proof: &Proof) -> bool {
         && ark_groth16::Groth16::<Bn254>::verify_proof(key, proof, inputs).unwrap_or(false)
 }
 
-fn synthesise(
-    circuit: impl ConstraintSynthesizer<Fr>,
-    mode: SynthesisMode,
-) -> Result<ConstraintSystemRef<Fr>, SynthesisError> {
+fn synthesise(circuit: impl ConstraintSynthesizer<Fr>, mode: SynthesisMode) -> Result<ConstraintSystemRef<Fr>, SynthesisError> {
     let cs = ConstraintSystem::new_ref();
     cs.set_optimization_goal(OptimizationGoal::Constraints);
     cs.set_mode(mode);
@@ -158,9 +155,8 @@ where
 /// Whether a key's points can be what a set-up makes: it was read from somewhere.
 pub fn is_sound(key: &VerifyingKey) -> bool {
     let on_g1 = |point: &ark_bn254::G1Affine| !point.is_zero() && point.is_on_curve();
-    let on_g2 = |point: &ark_bn254::G2Affine| {
-        !point.is_zero() && point.is_on_curve() && point.is_in_correct_subgroup_assuming_on_curve()
-    };
+    let on_g2 =
+        |point: &ark_bn254::G2Affine| !point.is_zero() && point.is_on_curve() && point.is_in_correct_subgroup_assuming_on_curve();
     on_g1(&key.alpha_g1)
         && [&key.beta_g2, &key.gamma_g2, &key.delta_g2].into_iter().all(on_g2)
         && key.gamma_abc_g1.iter().all(on_g1)

@@ -100,7 +100,8 @@ impl State {
         if values.len() != width {
             return Err(Error::Task(format!("the state has {} values, those of this model have {width}", values.len())));
         }
-        let largest = largest(values).ok_or_else(|| Error::Task("the state has values that are no finite numbers, or all are 0".into()))?;
+        let largest =
+            largest(values).ok_or_else(|| Error::Task("the state has values that are no finite numbers, or all are 0".into()))?;
         Ok(Self(values.iter().map(|value| scaled(*value, largest)).collect()))
     }
 
@@ -120,7 +121,10 @@ impl State {
     fn packed(&self) -> impl Iterator<Item = Fr> {
         let shift = Fr::from(1u32 << 16);
         let packed = move |values: &[i16]| {
-            values.iter().rev().fold(Fr::zero(), |number, value| number * shift + Fr::from((i32::from(*value) + (1 << 15)) as u32))
+            values
+                .iter()
+                .rev()
+                .fold(Fr::zero(), |number, value| number * shift + Fr::from((i32::from(*value) + (1 << 15)) as u32))
         };
         self.0.chunks(PACKED).map(packed)
     }

@@ -152,7 +152,11 @@ impl Prover {
         }
         let keys = self.prepared(place)?;
         let (proof, took) = self.timed(measured.prove, told, ended, |work| {
-            (told)(Stage { doing: "reading the keys".into(), percent: Some(0), left_ms: measured.prove.map(|took| took.wall_ms) });
+            (told)(Stage {
+                doing: "reading the keys".into(),
+                percent: Some(0),
+                left_ms: measured.prove.map(|took| took.wall_ms),
+            });
             let key = self.store.proving(&known.circuit, &keys.program)?;
             let proof = groth16::prove(Circuit { ready: &ready, ended }, &key, work)?;
             work.check()?;
@@ -250,7 +254,8 @@ impl Prover {
     ) -> Result<(T, Took), Error> {
         let began = Instant::now();
         let left = || before.map(|took| took.wall_ms.saturating_sub(began.elapsed().as_millis() as u64));
-        let step = |doing: &'static str, percent: u8| told(Stage { doing: doing.into(), percent: Some(percent), left_ms: left() });
+        let step =
+            |doing: &'static str, percent: u8| told(Stage { doing: doing.into(), percent: Some(percent), left_ms: left() });
         let memory = Memory::watch();
         let watched = Work::new(self.threads, ended, &step);
         let made = work(&watched);

@@ -113,10 +113,17 @@ impl Known {
             (Subject::Head { model, digest }, Witness::State { position, values, token }) => {
                 same_model(digest, &task.about).map_err(refuse)?;
                 if values.len() != model.width {
-                    return Err(Error::Task(format!("the state has {} values, those of this model have {}", values.len(), model.width)));
+                    return Err(Error::Task(format!(
+                        "the state has {} values, those of this model have {}",
+                        values.len(),
+                        model.width
+                    )));
                 }
                 if *token as usize >= model.tokens {
-                    return Err(Error::Task(format!("no proof of it exists: the model has {} tokens, and no token {token}", model.tokens)));
+                    return Err(Error::Task(format!(
+                        "no proof of it exists: the model has {} tokens, and no token {token}",
+                        model.tokens
+                    )));
                 }
                 Ok(Asked::Choice { subject: about.subject, position: *position, token: *token, values: values.clone() })
             }
@@ -135,7 +142,9 @@ impl Known {
             (Subject::Commitment, Claim::None) => Ok(words.receipt().inputs().to_vec()),
             (Subject::Head { digest, .. }, Claim::Token { position, token, state }) => {
                 same_model(digest, about)?;
-                let state = wire::hash(state).and_then(|state| wire::input(&state)).ok_or("the state's commitment is no number of the field")?;
+                let state = wire::hash(state)
+                    .and_then(|state| wire::input(&state))
+                    .ok_or("the state's commitment is no number of the field")?;
                 Ok(vec![words.subject, (*position).into(), (*token).into(), state])
             }
             _ => Err("the claim is not one of this statement's".into()),
@@ -164,7 +173,9 @@ struct Words {
 
 impl Words {
     fn of(about: &About) -> Result<Self, String> {
-        let hash = |what: &str, text: &str| wire::hash(text).ok_or(format!("the {what} is not `0x` and 64 lower-case hexadecimal digits"));
+        let hash = |what: &str, text: &str| {
+            wire::hash(text).ok_or(format!("the {what} is not `0x` and 64 lower-case hexadecimal digits"))
+        };
         let raw = [
             hash("subject", &about.subject)?,
             wire::hash(&format!("0x{}", about.model)).ok_or("the model's digest has not 64 lower-case hexadecimal digits")?,

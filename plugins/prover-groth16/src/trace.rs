@@ -98,8 +98,16 @@ pub fn encode(openings: &[Opening]) -> Vec<u8> {
     for Opening { leaf, path, proof } in openings {
         places.extend(word_of((openings.len() * 32 + bodies.len()) as u64));
         // Five words come first, then the path with its length, then the proof with its own.
-        let fixed = [word_of(leaf.position.into()), word_of(leaf.token.into()), leaf.state, word_of(160), word_of(192 + path.len() as u64 * 32)];
-        bodies.extend([fixed.concat(), word_of(path.len() as u64).to_vec(), path.concat(), word_of(proof.len() as u64).to_vec()].concat());
+        let fixed = [
+            word_of(leaf.position.into()),
+            word_of(leaf.token.into()),
+            leaf.state,
+            word_of(160),
+            word_of(192 + path.len() as u64 * 32),
+        ];
+        bodies.extend(
+            [fixed.concat(), word_of(path.len() as u64).to_vec(), path.concat(), word_of(proof.len() as u64).to_vec()].concat(),
+        );
         bodies.extend(proof);
         bodies.resize(bodies.len().next_multiple_of(32), 0);
     }

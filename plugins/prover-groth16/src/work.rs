@@ -25,11 +25,7 @@ pub struct Part {
 
 impl<'a> Work<'a> {
     /// `ended` says whether nobody waits for the work any more; `told` hears what is done and how many percent of the whole are.
-    pub fn new(
-        threads: usize,
-        ended: &'a (dyn Fn() -> bool + Sync),
-        told: &'a (dyn Fn(&'static str, u8) + Sync),
-    ) -> Self {
+    pub fn new(threads: usize, ended: &'a (dyn Fn() -> bool + Sync), told: &'a (dyn Fn(&'static str, u8) + Sync)) -> Self {
         Self { threads: threads.max(1), ended, told, elsewhere: AtomicU64::new(0), began: thread_cpu_ns() }
     }
 

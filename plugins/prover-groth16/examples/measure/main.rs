@@ -71,7 +71,12 @@ async fn statement(id: &str, witness: Witness) -> Result<(), Box<dyn std::error:
     }
     clock.lap(&format!("{id}: 100 checks"));
     let keys: u64 = files(&state_dir.path().join("keys"))?;
-    println!("{id}: proof {} bytes, keys {:.1} MB, {:?}", proof.proof.len(), keys as f64 / 1e6, prover.estimate(&Cx::new(), id.into()).await?);
+    println!(
+        "{id}: proof {} bytes, keys {:.1} MB, {:?}",
+        proof.proof.len(),
+        keys as f64 / 1e6,
+        prover.estimate(&Cx::new(), id.into()).await?
+    );
     let mut slowest = Duration::ZERO;
     for tenths in (0..30).step_by(3) {
         let mut stream = prover.prove(&Cx::new(), task.clone()).await?;
@@ -149,7 +154,11 @@ impl Clock {
     fn lap(&self, what: &str) {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("unknown").trim().to_owned();
-        println!("{what}: {:.3} CPU s, {:.3} s, peak memory {peak}", (cpu() - self.cpu).as_secs_f64(), self.wall.elapsed().as_secs_f64());
+        println!(
+            "{what}: {:.3} CPU s, {:.3} s, peak memory {peak}",
+            (cpu() - self.cpu).as_secs_f64(),
+            self.wall.elapsed().as_secs_f64()
+        );
     }
 }
 

@@ -109,7 +109,9 @@ impl Choice<'_> {
 
             let difference = bits(cs, (most - logits[token] - i64::from(!reached)) as u64, self.head.range_bits)?;
             let mut whole = Vec::with_capacity(row.len() + 3);
-            whole.extend(row.iter().zip(state).filter(|(weight, _)| **weight != 0).map(|(weight, value)| (-Fr::from(*weight), *value)));
+            whole.extend(
+                row.iter().zip(state).filter(|(weight, _)| **weight != 0).map(|(weight, value)| (-Fr::from(*weight), *value)),
+            );
             whole.push((Fr::one(), largest));
             whole.push((-Fr::one(), Variable::One));
             equal(cs, difference.clone(), LinearCombination(whole) + &from_here)?;

@@ -63,8 +63,7 @@ fn of_thousands_of_changed_proofs_and_inputs_none_holds() {
         assert_eq!(verify(&prover, &proof).holds, !changed, "number {number}");
     }
     // Points that are on the curve and in the group, and of other proofs.
-    let others: Vec<Proof> =
-        (0..4).map(|_| prove(&prover, &task(&prover, "commitment", Witness::None)).unwrap()).collect();
+    let others: Vec<Proof> = (0..4).map(|_| prove(&prover, &task(&prover, "commitment", Witness::None)).unwrap()).collect();
     for other in &others {
         assert!(verify(&prover, other).holds && other.proof != good.proof);
         for (from, to) in [(0, 64), (64, 192), (192, 256), (0, 192), (64, 256)] {
@@ -105,9 +104,21 @@ fn a_head_proves_what_it_chooses_and_nothing_else() {
         |proof| proof.about.model = "0".repeat(64),
         |proof| proof.about.subject = wire::hash_text(&wire::word_of(6)),
         |proof| proof.claim = Claim::None,
-        |proof| if let Claim::Token { position, .. } = &mut proof.claim { *position += 1 },
-        |proof| if let Claim::Token { token, .. } = &mut proof.claim { *token += 1 },
-        |proof| if let Claim::Token { state, .. } = &mut proof.claim { *state = wire::hash_text(&[0xff; 32]) },
+        |proof| {
+            if let Claim::Token { position, .. } = &mut proof.claim {
+                *position += 1
+            }
+        },
+        |proof| {
+            if let Claim::Token { token, .. } = &mut proof.claim {
+                *token += 1
+            }
+        },
+        |proof| {
+            if let Claim::Token { state, .. } = &mut proof.claim {
+                *state = wire::hash_text(&[0xff; 32])
+            }
+        },
     ];
     for change in changes {
         let mut proof = good.clone();
