@@ -221,7 +221,7 @@ mod tests {
                 Some(good[..good.len() / 2].to_vec()),
                 Some([&good[..], &[0]].concat()),
                 Some([&good[..good.len() - 1], &[good[good.len() - 1] ^ 1]].concat()),
-                Some([&[b'x'], &good[1..]].concat()),
+                Some([&b"x"[..], &good[1..]].concat()),
             ];
             for damage in damages {
                 match &damage {
