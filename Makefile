@@ -15,6 +15,10 @@ comma := ,
 LLAMA_FEATURES := $(if $(FEATURES),--features $(subst $(comma),$(comma)inference-llama-cpp/,inference-llama-cpp/$(FEATURES)))
 
 CONTRACTS := plugins/chain-base/contracts
+# Writes down which files of plugins are known.
+LOCK := $(BIN)/fabstir-node plugin lock $(foreach plugin,$(PLUGINS),$(BIN)/lib$(subst -,_,$(plugin)).so)
+# What is built and tested together: one selection, so that Cargo compiles each dependency once.
+TESTED := --workspace --exclude fabstir-benches
 
 .PHONY: help run build test bench ezkl clients chain demo embedding-model check-rust build-packages test-packages nextest
 
@@ -32,12 +36,13 @@ run: build ## Builds the node and starts it with plugins.toml.
 
 build: check-rust build-packages ## Builds the node and the plugins, and locks the plugins' hashes.
 	$(CARGO) build --release --package fabstir-host $(PLUGINS:%=--package %) $(LLAMA_FEATURES)
-	@$(BIN)/fabstir-node plugin lock $(foreach plugin,$(PLUGINS),$(BIN)/lib$(subst -,_,$(plugin)).so)
+	@$(LOCK)
 
-test: build test-packages nextest clients chain ezkl embedding-model ## Runs every test, against the built node and real plugins.
-	$(CARGO) build --release --package inference-faulty
+test: check-rust build-packages test-packages nextest clients chain ezkl embedding-model ## Runs every test, against the built node and real plugins.
+	$(CARGO) build --release $(TESTED) --lib --bins --tests --examples
+	@$(LOCK)
 	npm test --prefix $(CONTRACTS)
-	$(CARGO) nextest run --cargo-profile release --workspace --exclude fabstir-benches
+	$(CARGO) nextest run --cargo-profile release $(TESTED)
 	$(CARGO) test --release --doc --package fabstir-plugin-api
 	$(CARGO) check --release --package fabstir-benches --benches
 
