@@ -59,7 +59,7 @@ fn available(free: Option<u64>) -> String {
 }
 
 /// A size for people: exact below 1 KiB, else in the largest unit that keeps it at 1 or more.
-fn bytes(size: u64) -> String {
+pub(crate) fn bytes(size: u64) -> String {
     let mut value = size as f64;
     let mut unit = "bytes";
     for larger in ["KiB", "MiB", "GiB", "TiB"] {

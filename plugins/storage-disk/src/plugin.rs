@@ -1,13 +1,15 @@
-//! The storage kind on top of the store: every step that touches the disk runs on a thread that may block.
+//! The storage kind on top of the store and the vectors: every step that touches the disk runs on a thread that may block.
 
 use std::sync::Arc;
 
 use fabstir_plugin_api::prelude::*;
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
 use crate::error::StoreError;
 use crate::store::{Found, Id, Incoming, Store};
+use crate::vectors::{VectorError, Vectors};
 
 /// Small pieces of a put are gathered up to this size, so that a trip to another thread is paid once for many.
 const GATHER: usize = 256 << 10;
@@ -15,18 +17,49 @@ const GATHER: usize = 256 << 10;
 /// Pieces that a get reads ahead of its consumer.
 const READ_AHEAD: usize = 2;
 
-/// Blobs in a folder, as a storage plugin.
+/// Changes of vectors that may be under way: while one is forced to the disk, another may bring its index up to date.
+const CHANGES: usize = 2;
+
+/// Blobs and vectors in a folder, as a storage plugin.
 pub struct Disk {
     store: Arc<Store>,
+    vectors: Arc<Vectors>,
+    searches: Semaphore,
+    changes: Semaphore,
 }
 
 impl Disk {
-    pub(crate) fn new(store: Arc<Store>) -> Self {
-        Self { store }
+    pub(crate) fn new(store: Store, vectors: Vectors, searches: usize) -> Self {
+        Self {
+            store: Arc::new(store),
+            vectors: Arc::new(vectors),
+            searches: Semaphore::new(searches),
+            changes: Semaphore::new(CHANGES),
+        }
+    }
+
+    /// Works on the vectors in its turn, so that however many wait, they hold no threads.
+    async fn with_vectors<T: Send + 'static>(
+        &self,
+        cx: &Cx,
+        turns: &Semaphore,
+        work: impl FnOnce(&Vectors, &dyn Fn() -> bool) -> Result<T, VectorError> + Send + 'static,
+    ) -> Result<T> {
+        let _turn = turns.acquire().await.map_err(|_| PluginError::unavailable("the plugin is shutting down"))?;
+        let (vectors, cx) = (self.vectors.clone(), cx.clone());
+        blocking(move || work(&vectors, &|| !cx.is_cancelled())).await
     }
 }
 
-impl Lifecycle for Disk {}
+#[async_trait]
+impl Lifecycle for Disk {
+    async fn shutdown(&self) {
+        let vectors = self.vectors.clone();
+        if let Err(error) = blocking(move || Ok::<_, StoreError>(vectors.close())).await {
+            warn!(%error, "Vectors not closed: the next start makes up for it.");
+        }
+    }
+}
 
 #[async_trait]
 impl Storage for Disk {
@@ -115,6 +148,18 @@ impl Storage for Disk {
         });
         Ok(stream)
     }
+
+    async fn vectors_put(&self, cx: &Cx, namespace: String, vectors: Vec<Vector>) -> Result<()> {
+        self.with_vectors(cx, &self.changes, move |all, still_wanted| all.put(&namespace, vectors, still_wanted)).await
+    }
+
+    async fn vectors_find(&self, cx: &Cx, namespace: String, query: VectorQuery) -> Result<Vec<Near>> {
+        self.with_vectors(cx, &self.searches, move |all, still_wanted| all.find(&namespace, query, still_wanted)).await
+    }
+
+    async fn vectors_delete(&self, cx: &Cx, namespace: String, keys: Option<Vec<String>>) -> Result<u64> {
+        self.with_vectors(cx, &self.changes, move |all, still_wanted| all.delete(&namespace, keys.as_deref(), still_wanted)).await
+    }
 }
 
 /// A put between two steps. Where it is dropped unfinished, its file is removed, and that too may block.
@@ -149,7 +194,12 @@ fn entry(found: Found) -> Entry {
 }
 
 /// Runs work that blocks on a thread that may.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, StoreError> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T>
+where
+    T: Send + 'static,
+    E: Send + 'static,
+    PluginError: From<E>,
+{
     match spawn_blocking(work).await {
         Ok(result) => Ok(result?),
         Err(stopped) if stopped.is_panic() => std::panic::resume_unwind(stopped.into_panic()),

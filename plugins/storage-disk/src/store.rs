@@ -193,29 +193,29 @@ impl Store {
                 return Err(StoreError::QuotaFull { needed: Needed::Exactly(size), used, max_bytes: quota.max_bytes });
             }
         }
-        match self.free() {
+        match free(&self.root) {
             Some(free) if free < size => Err(self.disk_full(Needed::Exactly(size))),
             _ => Ok(()),
         }
     }
 
     fn disk_full(&self, needed: Needed) -> StoreError {
-        StoreError::DiskFull { needed, free: self.free(), dir: self.root.clone() }
+        StoreError::DiskFull { needed, free: free(&self.root), dir: self.root.clone() }
     }
+}
 
-    /// Bytes that the disk has free for us; `None` where it does not tell.
-    fn free(&self) -> Option<u64> {
-        let path = CString::new(self.root.as_os_str().as_bytes()).ok()?;
-        let mut disk = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-        // SAFETY: the path ends with NUL, and `statvfs` fills the structure before it returns 0.
-        let disk = unsafe {
-            if libc::statvfs(path.as_ptr(), disk.as_mut_ptr()) != 0 {
-                return None;
-            }
-            disk.assume_init()
-        };
-        Some(disk.f_bavail.saturating_mul(disk.f_frsize))
-    }
+/// Bytes that the disk of a folder has free for us; `None` where it does not tell.
+pub fn free(folder: &Path) -> Option<u64> {
+    let path = CString::new(folder.as_os_str().as_bytes()).ok()?;
+    let mut disk = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends with NUL, and `statvfs` fills the structure before it returns 0.
+    let disk = unsafe {
+        if libc::statvfs(path.as_ptr(), disk.as_mut_ptr()) != 0 {
+            return None;
+        }
+        disk.assume_init()
+    };
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 /// Removes the files of puts that will never end. A put that runs, here or in another store on the folder, holds a lock on its
