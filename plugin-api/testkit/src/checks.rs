@@ -288,6 +288,42 @@ pub(crate) static CHECKS: &[Check] = &[
         "A put that is given up, or whose bytes fail, stores nothing."
     ),
     check!(
+        STORAGE,
+        "vectors-round-trip",
+        storage::vectors::round_trip,
+        "Vectors are found by their direction, come with their data, and are replaced by their key."
+    ),
+    check!(
+        STORAGE,
+        "vectors-nearest-first",
+        storage::vectors::nearest_first,
+        "Of a few hundred vectors the nearest are found, nearest first, with their exact similarity."
+    ),
+    check!(
+        STORAGE,
+        "vectors-namespaces-are-apart",
+        storage::vectors::namespaces_are_apart,
+        "Namespaces of vectors share nothing: no key, no length, no end."
+    ),
+    check!(
+        STORAGE,
+        "vectors-deleted-are-never-found",
+        storage::vectors::deleted_are_never_found,
+        "Deleted vectors are not found again, and are counted once."
+    ),
+    check!(
+        STORAGE,
+        "vectors-senseless-is-refused",
+        storage::vectors::senseless_is_refused,
+        "Vectors of another length, of zeros, of no numbers or too long are refused, and none beside them is stored."
+    ),
+    check!(
+        STORAGE,
+        "vectors-survive-restart",
+        storage::vectors::survive_restart,
+        "Vectors, and that they were deleted, outlive their instance."
+    ),
+    check!(
         TRANSPORT,
         "join-and-dial",
         transport::join_and_dial,

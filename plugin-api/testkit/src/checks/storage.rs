@@ -12,6 +12,8 @@ use fabstir_plugin_api::frame::{Kind, Writer};
 use fabstir_plugin_api::storage::*;
 use fabstir_plugin_api::stream::Stream;
 
+pub mod vectors;
+
 use super::streams::LongStream;
 use crate::harness::{During, Harness, Instance, patient, refused, told};
 use crate::process;
