@@ -10,8 +10,6 @@ mod plugin;
 mod store;
 mod vectors;
 
-use std::sync::Arc;
-
 use fabstir_plugin_api::prelude::*;
 
 pub use config::Config;

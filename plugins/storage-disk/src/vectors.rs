@@ -13,12 +13,11 @@ mod snapshot;
 mod space;
 mod truth;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fabstir_plugin_api::prelude::*;
 use fabstir_plugin_api::storage::{Near, Vector, VectorQuery};
 use parking_lot::Mutex;
 

@@ -2,6 +2,9 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use fabstir_plugin_api::prelude::*;
 
 use super::space::SMALLEST;
 use super::*;
