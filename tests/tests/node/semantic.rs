@@ -182,7 +182,7 @@ async fn looking_for_other_words_costs_a_miss_milliseconds() {
         times.sort();
         times[(times.len() as f64 * share) as usize]
     };
-    assert!(hits.len() >= 50, "{} hits", hits.len());
+    assert!(hits.len() >= 10, "{} hits", hits.len());
     for (name, times) in [("without a cache", &mut without), ("a miss", &mut misses), ("a semantic hit", &mut hits)] {
         println!("{name}: p50 {:?}, p95 {:?}, of {}", share(times, 0.5), share(times, 0.95), times.len());
     }
