@@ -144,10 +144,9 @@ struct Semantic {
     model: String,
     /// The least cosine.
     at_least: f32,
+    /// How long a request waits for the vector of its question; past that it goes on without.
+    wait: Duration,
 }
-
-/// How long a request waits for the vector of its question; past that it goes on without.
-const AWAIT_VECTOR: Duration = Duration::from_millis(200);
 
 /// How long making one may take. One that comes while the answer is generated is kept with it.
 const EMBED: Duration = Duration::from_secs(10);
@@ -182,9 +181,10 @@ impl Cache {
         let metrics = Metrics::default();
         let ttl = Duration::from_secs(config.ttl_s);
         let store = Store::open(data_dir, config.max_bytes.0, ttl, metrics.clone());
-        let config::Semantic { model, threshold_permille } = &config.semantic;
+        let config::Semantic { model, threshold_permille, wait_ms } = &config.semantic;
         let at_least = f32::from(*threshold_permille) / 1000.0;
-        let semantic = model.as_ref().map(|model| Semantic { model: model.clone(), at_least });
+        let semantic =
+            model.as_ref().map(|model| Semantic { model: model.clone(), at_least, wait: Duration::from_millis(*wait_ms) });
         Some(Arc::new(Cache { scheduler, store, flights: Arc::default(), metrics, ttl, semantic }))
     }
 
@@ -286,7 +286,7 @@ impl Cache {
         });
         // A second try for the same request finds the first one's work.
         let _ = asked.wording.making.set(AbortOnDropHandle::new(making));
-        let _ = tokio::time::timeout(AWAIT_VECTOR, is_made).await;
+        let _ = tokio::time::timeout(semantic.wait, is_made).await;
         asked.wording.made.get().cloned()
     }
 

@@ -345,11 +345,17 @@ pub struct Semantic {
     /// Example: `threshold_permille = 950`.
     #[schemars(range(min = 1, max = 1000))]
     pub threshold_permille: u16,
+    /// How long a request waits for the vector of its question, in milliseconds; past that it goes on without.
+    ///
+    /// Default: `200`.
+    /// Example: `wait_ms = 50`.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub wait_ms: u64,
 }
 
 impl Default for Semantic {
     fn default() -> Self {
-        Self { model: None, threshold_permille: 900 }
+        Self { model: None, threshold_permille: 900, wait_ms: 200 }
     }
 }
 

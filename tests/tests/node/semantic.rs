@@ -13,7 +13,7 @@ fn config(semantic: bool) -> Option<String> {
         eprintln!("SKIPPED: {} is not there; `make embedding-model` makes it", model.display());
         return None;
     }
-    let cache = if semantic { "[cache]\nenabled = true\nsemantic = { model = 'all-minilm' }\n" } else { "" };
+    let cache = if semantic { "[cache]\nenabled = true\nsemantic = { model = 'all-minilm', wait_ms = 10000 }\n" } else { "" };
     Some(format!(
         "{cache}[[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolation = 'in-process'\n[[plugin]]\nid = 'llama'\n\
          use = 'inference-llama-cpp'\n[[plugin.config.models]]\nid = 'all-minilm'\npath = '{}'\nthreads = 1\n",
