@@ -70,7 +70,9 @@ pub fn open(sealed: Stream<Blob>, key: &Key) -> Stream<Blob> {
     let cipher = XChaCha20Poly1305::new((&*key.0).into());
     in_chunks(sealed, CHUNK + TAG, move |number, mut chunk| {
         let opened = cipher.decrypt_in_place(&nonce(number), b"", &mut chunk);
-        opened.map_err(|_| PluginError::new(Code::Corrupt, "the bytes were not sealed with this key: give the one that `put --private` printed"))?;
+        opened.map_err(|_| {
+            PluginError::new(Code::Corrupt, "the bytes were not sealed with this key: give the one that `put --private` printed")
+        })?;
         Ok(chunk)
     })
 }
@@ -140,7 +142,9 @@ mod tests {
         changed[CHUNK + TAG] ^= 1;
         let (first, second) = sealed.split_at(CHUNK + TAG);
         assert_ne!(first, second, "equal chunks do not look equal");
-        for (what, bytes) in [("changed", changed.clone()), ("swapped", [second, first].concat()), ("cut", sealed[..sealed.len() - 1].to_vec())] {
+        for (what, bytes) in
+            [("changed", changed.clone()), ("swapped", [second, first].concat()), ("cut", sealed[..sealed.len() - 1].to_vec())]
+        {
             assert_eq!(all(open(stream(&bytes, CHUNK), &key)).await.unwrap_err().code, Code::Corrupt, "{what}");
         }
         let other = Key::random().unwrap();

@@ -104,9 +104,7 @@ fn key(text: &str) -> Result<Key, String> {
 impl Storage {
     pub fn execute(self, json: bool) -> Result<(), Failure> {
         match self.action {
-            Action::Put { file, private, shared } => {
-                shared.with(json, async |storage| put(storage, file, private, json).await)
-            }
+            Action::Put { file, private, shared } => shared.with(json, async |storage| put(storage, file, private, json).await),
             Action::Get { id, output, key, key_file, shared } => {
                 let key = match key_file {
                     None => key,
@@ -139,7 +137,11 @@ impl Shared {
         if let Some(id) = &self.plugin {
             config.plugin.retain(|entry| entry.id == *id);
             if config.plugin.is_empty() {
-                return Err(Failure::new(Failure::CONFIG, "no_storage", format!("no plugin of the configuration is called `{id}`")));
+                return Err(Failure::new(
+                    Failure::CONFIG,
+                    "no_storage",
+                    format!("no plugin of the configuration is called `{id}`"),
+                ));
             }
         }
         on_threads(async {
@@ -154,7 +156,8 @@ impl Shared {
 fn not_started(error: AloneError) -> Failure {
     match &error {
         AloneError::None { .. } => {
-            let next = "add an entry with use = \"storage-disk\" or use = \"storage-s5\" to plugins.toml, or name another with --plugin";
+            let next =
+                "add an entry with use = \"storage-disk\" or use = \"storage-s5\" to plugins.toml, or name another with --plugin";
             Failure::new(Failure::CONFIG, "no_storage", format!("{error}: {next}"))
         }
         AloneError::Start { .. } => Failure::new(Failure::FAILED, "plugin", error),
@@ -190,7 +193,8 @@ async fn put(storage: &Arc<dyn Kind>, path: PathBuf, private: bool, json: bool) 
     if !found.is_file() {
         return Err(of_file("store", &path, std::io::Error::other("it is no regular file")));
     }
-    let no_key = |error| Failure::new(Failure::FAILED, "no_key", format!("this system gives no random numbers for a key: {error}"));
+    let no_key =
+        |error| Failure::new(Failure::FAILED, "no_key", format!("this system gives no random numbers for a key: {error}"));
     let key = if private { Some(Key::random().map_err(no_key)?) } else { None };
     let plain = bytes_of(file);
     let (size, data) = match &key {
