@@ -101,7 +101,8 @@ impl Circuit {
             None => normal(EXAMPLES, input.len()),
             Some(path) => {
                 let text = std::fs::read(path).map_err(|error| bad(format!("{} cannot be read ({error})", path.display())))?;
-                serde_json::from_slice(&text).map_err(|error| bad(format!("{} is no list of lists of numbers ({error})", path.display())))?
+                serde_json::from_slice(&text)
+                    .map_err(|error| bad(format!("{} is no list of lists of numbers ({error})", path.display())))?
             }
         };
         let wrong = |example: &Vec<f32>| example.len() != input.len() || example.iter().any(|value| !value.is_finite());

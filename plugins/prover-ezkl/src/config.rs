@@ -86,7 +86,9 @@ impl Config {
     pub fn check(&self) -> Result<()> {
         for (key, value) in [("prepare_timeout_ms", self.prepare_timeout_ms), ("prove_timeout_ms", self.prove_timeout_ms)] {
             if value == Some(0) {
-                return Err(PluginError::invalid(format!("`{key}` is 0, so nothing would ever end in time: leave it out for the default")));
+                return Err(PluginError::invalid(format!(
+                    "`{key}` is 0, so nothing would ever end in time: leave it out for the default"
+                )));
             }
         }
         if self.threads == Some(0) {

@@ -29,12 +29,14 @@ pub fn of(circuit: &Circuit, keys: &Keys) -> Result<Contract, EzklError> {
     if key.len() > LARGEST_KEY {
         return Err(nonsense(format!("a key of {} bytes, a contract holds {LARGEST_KEY}: take a smaller model", key.len())));
     }
-    let words = keys.record.outputs.iter().map(|output| output.length).sum::<usize>() + if circuit.model.is_some() { 3 } else { 2 };
+    let words =
+        keys.record.outputs.iter().map(|output| output.length).sum::<usize>() + if circuit.model.is_some() { 3 } else { 2 };
     let limbs = if circuit.model.is_some() { LIMBS } else { 0 };
     let program = field::from_hex(&keys.record.program).ok_or_else(|| nonsense("a program that is no word".into()))?;
     let number = |value: usize| field::from_integer(value as i64);
     // The ABI's form of (bytes32, uint256, uint256, uint256, bytes): the place of the bytes, counted from the first word, then they.
-    let arguments: [Word; 6] = [program, number(keys.record.proof_bytes), number(words), number(limbs), number(5 * 32), number(key.len())];
+    let arguments: [Word; 6] =
+        [program, number(keys.record.proof_bytes), number(words), number(limbs), number(5 * 32), number(key.len())];
     let code = |artifact| bytecode(artifact).map_err(|error| nonsense(error.to_string()));
     Ok(Contract {
         name: "EzklVerifier".into(),

@@ -148,7 +148,11 @@ impl Engine {
         let values = public::values(circuit, &task.witness, keys.record.input_scale)?;
         let (proof, took) = self.make_proof(&mut job, &keys, &bound, &values, task.about).await?;
         if proof.proof.len() != keys.record.proof_bytes {
-            return Err(EzklError::BadProof(format!("it has {} bytes instead of {}", proof.proof.len(), keys.record.proof_bytes)));
+            return Err(EzklError::BadProof(format!(
+                "it has {} bytes instead of {}",
+                proof.proof.len(),
+                keys.record.proof_bytes
+            )));
         }
         self.measured(job, prepared, took);
         Ok(proof)
@@ -314,7 +318,9 @@ impl Engine {
         };
         let verdict = job.steps.step(CHECKING, self.check(circuit, keys, &work, &proof, &mut job.turn)).await?;
         match verdict {
-            Verdict { holds: true, .. } => Ok((proof, Took { cpu_ms: first.cpu_ms + second.cpu_ms, peak: first.peak.max(second.peak) })),
+            Verdict { holds: true, .. } => {
+                Ok((proof, Took { cpu_ms: first.cpu_ms + second.cpu_ms, peak: first.peak.max(second.peak) }))
+            }
             Verdict { why, .. } => Err(EzklError::BadProof(why.unwrap_or_default())),
         }
     }
@@ -371,7 +377,8 @@ pub fn fits(circuit: &Circuit, task: &Task) -> Result<Bound, EzklError> {
 
 /// What is known of keys before they are made.
 fn record(circuit: &Circuit, shape: &Compiled) -> Result<Record, EzklError> {
-    let outputs = shape.shapes.iter().zip(&shape.outputs).map(|(dims, scale)| Output { length: dims.iter().product(), scale: *scale });
+    let outputs =
+        shape.shapes.iter().zip(&shape.outputs).map(|(dims, scale)| Output { length: dims.iter().product(), scale: *scale });
     let mut outputs: Vec<_> = outputs.collect();
     let subject = Output { length: if circuit.model.is_some() { crate::circuit::LIMBS } else { 1 }, scale: 0 };
     if outputs.pop() != Some(subject) || shape.inputs.last() != Some(&0) {

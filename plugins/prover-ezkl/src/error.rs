@@ -17,7 +17,9 @@ pub enum EzklError {
     OtherEzkl { python: PathBuf, found: String },
     #[error("no statement `{asked}` here: there are {known}")]
     UnknownStatement { asked: String, known: String },
-    #[error("the proof is for other keys ({asked}) than those here ({here}): keys are made on each machine, so ask where the proof was made")]
+    #[error(
+        "the proof is for other keys ({asked}) than those here ({here}): keys are made on each machine, so ask where the proof was made"
+    )]
     UnknownProgram { asked: String, here: String },
     /// Not in the folder for state.
     #[error("no keys for `{0}` yet: prepare the statement first")]
@@ -30,7 +32,10 @@ pub enum EzklError {
     #[error("model `{name}` ({}) cannot be proven: {why}", path.display())]
     BadModel { name: String, path: PathBuf, why: String },
     /// A number in the circuit left the range that the circuit has for it.
-    #[error("the input leads to numbers of more than {} in the circuit: scale the model's input down, or set a smaller `scale`", crate::circuit::LARGEST)]
+    #[error(
+        "the input leads to numbers of more than {} in the circuit: scale the model's input down, or set a smaller `scale`",
+        crate::circuit::LARGEST
+    )]
     OutOfRange,
     #[error(
         "`{statement}` needs a circuit of 2^{k} rows ({rows} used), `max_k` is {max_k}: each step more about doubles time and memory; \
@@ -42,13 +47,15 @@ pub enum EzklError {
     #[error("no end of {doing} within {} s, and the worker was ended: raise `{key}`, or take a smaller model", limit.as_secs())]
     TimedOut { doing: &'static str, limit: Duration, key: &'static str },
     #[error("the worker ended while {doing} ({how}): ask again, a new one starts by itself")]
-    Died { doing: &'static str, how: String },
+    Died { doing: &'static str, how: String, killed: bool },
     #[error("ezkl failed at {doing}: {said}")]
     Failed { doing: &'static str, said: String },
     /// What a worker answered is not what was asked for.
     #[error("ezkl answered {doing} with something else: {said}")]
     Nonsense { doing: &'static str, said: String },
-    #[error("the proof that was made does not hold ({0}), so it is not handed out: `prepare` anew, and tell the plugin's authors")]
+    #[error(
+        "the proof that was made does not hold ({0}), so it is not handed out: `prepare` anew, and tell the plugin's authors"
+    )]
     BadProof(String),
     #[error("what was kept for `{statement}` is not what its hash says ({what}): it was set aside in {}, the next `prepare` makes it again", aside.display())]
     Corrupt { statement: String, what: String, aside: PathBuf },
@@ -83,7 +90,9 @@ impl From<EzklError> for PluginError {
             | EzklError::NoEzkl { .. }
             | EzklError::OtherEzkl { .. } => Code::InvalidArgument,
             EzklError::TooBig { .. } | EzklError::OutOfMemory { .. } | EzklError::DiskFull(_) => Code::Full,
-            EzklError::NotPrepared(_) | EzklError::TimedOut { .. } | EzklError::Died { .. } | EzklError::Ending => Code::Unavailable,
+            EzklError::NotPrepared(_) | EzklError::TimedOut { .. } | EzklError::Died { .. } | EzklError::Ending => {
+                Code::Unavailable
+            }
             EzklError::Corrupt { .. } => Code::Corrupt,
             EzklError::Failed { .. } | EzklError::Nonsense { .. } | EzklError::BadProof(_) => Code::Internal,
             EzklError::Io { source, .. } => match source.kind() {

@@ -128,7 +128,9 @@ fn varint(mut value: u64) -> Vec<u8> {
 fn tensor(info: &[u8]) -> Result<Tensor, EzklError> {
     let mut found = Tensor { name: texts(info, 1)?.pop().unwrap_or_default(), dims: Vec::new() };
     for dim in nested(info, &[2, 1, 2, 1])? {
-        let fixed = fields(dim)?.into_iter().find_map(|(id, value)| if let (1, Value::Number(size)) = (id, value) { Some(size) } else { None });
+        let fixed = fields(dim)?
+            .into_iter()
+            .find_map(|(id, value)| if let (1, Value::Number(size)) = (id, value) { Some(size) } else { None });
         found.dims.push(match fixed {
             Some(size) => Dim::Fixed(size),
             None => Dim::Open(texts(dim, 2)?.pop().unwrap_or_default()),
@@ -189,7 +191,9 @@ fn messages(message: &[u8], wanted: u64) -> Result<Vec<&[u8]>, EzklError> {
         return Ok(Vec::new());
     }
     let found = fields(message)?.into_iter();
-    Ok(found.filter_map(|(id, value)| if let Value::Bytes(bytes) = value { (id == wanted).then_some(bytes) } else { None }).collect())
+    Ok(found
+        .filter_map(|(id, value)| if let Value::Bytes(bytes) = value { (id == wanted).then_some(bytes) } else { None })
+        .collect())
 }
 
 /// What a path of fields leads to.

@@ -114,7 +114,11 @@ impl Prover for Ezkl {
 }
 
 /// Sends what work comes to, or its error. A consumer that leaves ends the work: the future is dropped.
-async fn deliver<T, I: Send + 'static>(sender: &Sender<I>, work: impl Future<Output = Result<T, EzklError>>, item: impl FnOnce(T) -> I) {
+async fn deliver<T, I: Send + 'static>(
+    sender: &Sender<I>,
+    work: impl Future<Output = Result<T, EzklError>>,
+    item: impl FnOnce(T) -> I,
+) {
     tokio::select! {
         biased;
         () = sender.closed() => {}

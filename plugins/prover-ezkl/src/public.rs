@@ -28,7 +28,10 @@ impl Claimed {
                 if !lengths.eq(values.iter().map(Vec::len)) {
                     return Err("`claim.outputs` has not as many numbers as the model gives".into());
                 }
-                let integers = outputs.iter().zip(values).flat_map(|(output, values)| values.iter().map(|value| requantise(*value, output.scale)));
+                let integers = outputs
+                    .iter()
+                    .zip(values)
+                    .flat_map(|(output, values)| values.iter().map(|value| requantise(*value, output.scale)));
                 let integers: Option<Vec<_>> = integers.collect();
                 let integers = integers.ok_or("`claim.outputs` has a number that no proof can state")?;
                 Ok(Self { inputs: Some(inputs), outputs: integers.into_iter().map(field::from_integer).collect() })

@@ -243,7 +243,9 @@ async fn a_model_is_proven_end_to_end_and_its_outputs_are_the_rounded_models() {
     let refused = |witness: Witness, about: About| subject.prove(Task { statement: id.into(), about, witness });
     let huge = refused(Witness::Inputs(vec![vec![16_000.0; 16]]), about.clone()).await.unwrap_err();
     assert_eq!((huge.code, huge.message.contains("scale the model's input down")), (Code::InvalidArgument, true), "{huge}");
-    for witness in [Witness::None, Witness::Inputs(vec![]), Witness::Inputs(vec![vec![0.0; 15]]), Witness::Inputs(vec![vec![f32::NAN; 16]])] {
+    for witness in
+        [Witness::None, Witness::Inputs(vec![]), Witness::Inputs(vec![vec![0.0; 15]]), Witness::Inputs(vec![vec![f32::NAN; 16]])]
+    {
         assert_eq!(refused(witness, about.clone()).await.unwrap_err().code, Code::InvalidArgument);
     }
     let other = About { model: "0a".repeat(32), ..about.clone() };

@@ -141,7 +141,7 @@ impl Worker {
         let found = match worker.ask("starting", limit, "version", json!({})).await {
             Ok((found, _)) => found,
             // The script fails before its first answer: it has no ezkl, or is no Python.
-            Err(EzklError::Died { how, .. }) => return Err(EzklError::NoEzkl { python: python(), said: how }),
+            Err(EzklError::Died { how, killed: false, .. }) => return Err(EzklError::NoEzkl { python: python(), said: how }),
             Err(EzklError::TimedOut { .. }) => {
                 return Err(EzklError::NoEzkl { python: python(), said: format!("no answer within {} s", START.as_secs()) });
             }
@@ -171,7 +171,9 @@ impl Worker {
             .name("ezkl-worker".into())
             .spawn(move || match command.spawn() {
                 Ok(mut child) => {
-                    let (Some(input), Some(output), Some(errors)) = (child.stdin.take(), child.stdout.take(), child.stderr.take()) else {
+                    let (Some(input), Some(output), Some(errors)) =
+                        (child.stdin.take(), child.stdout.take(), child.stderr.take())
+                    else {
                         unreachable!("the three were asked for as pipes")
                     };
                     let child = Arc::new(Mutex::new(child));
@@ -199,8 +201,11 @@ impl Worker {
         let _ = self.requests.send(Request { line, answer });
         let answered = tokio::time::timeout(limit.time, answered).await;
         let answered = answered.map_err(|_| EzklError::TimedOut { doing, limit: limit.time, key: limit.key })?;
-        let line = answered.map_err(|_| EzklError::Died { doing, how: "before it was asked".into() })?.map_err(|end| self.ended(doing, &end))?;
-        let answer: Answer = serde_json::from_str(&line).map_err(|error| EzklError::Nonsense { doing, said: error.to_string() })?;
+        let line = answered
+            .map_err(|_| EzklError::Died { doing, how: "before it was asked".into(), killed: true })?
+            .map_err(|end| self.ended(doing, &end))?;
+        let answer: Answer =
+            serde_json::from_str(&line).map_err(|error| EzklError::Nonsense { doing, said: error.to_string() })?;
         let took = Took { cpu_ms: answer.cpu_ms, peak: answer.peak.unwrap_or(0) };
         match answer {
             Answer { memory: true, .. } => Err(EzklError::OutOfMemory { doing, limit: self.memory }),
@@ -223,12 +228,18 @@ impl Worker {
         let last = end.said.lines().last().unwrap_or_default();
         let how = if last.is_empty() { status } else { format!("{status}, its last words: {last}") };
         warn!(doing, %how, "A worker ended by itself.");
-        EzklError::Died { doing, how }
+        EzklError::Died { doing, how, killed: end.status.is_some_and(|status| status.signal().is_some()) }
     }
 }
 
 /// Carries requests and answers until the worker has ended or is dropped.
-fn attend(child: &Mutex<Child>, requests: &mpsc::Receiver<Request>, mut input: impl Write, mut output: impl BufRead, errors: impl Read + Send) {
+fn attend(
+    child: &Mutex<Child>,
+    requests: &mpsc::Receiver<Request>,
+    mut input: impl Write,
+    mut output: impl BufRead,
+    errors: impl Read + Send,
+) {
     let said = Mutex::new(VecDeque::new());
     std::thread::scope(|scope| {
         let listener = std::thread::Builder::new().name("ezkl-stderr".into()).spawn_scoped(scope, || listen(errors, &said));

@@ -41,7 +41,8 @@ impl Chain {
     fn call(&self, method: &str, params: Value) -> Result<Value, String> {
         let body = json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": params }).to_string();
         let mut stream = TcpStream::connect(&self.address).unwrap();
-        let head = format!("POST / HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nConnection: close\r\n", self.address);
+        let head =
+            format!("POST / HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nConnection: close\r\n", self.address);
         write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
@@ -75,7 +76,8 @@ impl Chain {
     }
 
     fn verifies(&self, verifier: &str, program: &str, public: &[u8], proof: &[u8]) -> bool {
-        let call = json!({ "from": ACCOUNT, "to": verifier, "data": format!("0x{}", hex::encode(verify(program, public, proof))) });
+        let call =
+            json!({ "from": ACCOUNT, "to": verifier, "data": format!("0x{}", hex::encode(verify(program, public, proof))) });
         self.call("eth_call", json!([call, "latest"])).is_ok_and(|answer| answer == json!(field::to_hex(&field::from_integer(1))))
     }
 }
@@ -87,7 +89,8 @@ fn gas(receipt: &Value) -> u64 {
 /// `verify(bytes32,bytes,bytes)`
 fn verify(program: &str, public: &[u8], proof: &[u8]) -> Vec<u8> {
     let number = |value: usize| field::from_integer(value as i64);
-    let padded = |bytes: &[u8]| [&number(bytes.len())[..], bytes, &vec![0; bytes.len().next_multiple_of(32) - bytes.len()]].concat();
+    let padded =
+        |bytes: &[u8]| [&number(bytes.len())[..], bytes, &vec![0; bytes.len().next_multiple_of(32) - bytes.len()]].concat();
     let (public, proof) = (padded(public), padded(proof));
     let head = [field::from_hex(program).unwrap(), number(96), number(96 + public.len())].concat();
     [&SELECTOR[..], &head, &public, &proof].concat()
