@@ -47,7 +47,7 @@ pub enum EzklError {
     #[error("no end of {doing} within {} s, and the worker was ended: raise `{key}`, or take a smaller model", limit.as_secs())]
     TimedOut { doing: &'static str, limit: Duration, key: &'static str },
     #[error("the worker ended while {doing} ({how}): ask again, a new one starts by itself")]
-    Died { doing: &'static str, how: String },
+    Died { doing: &'static str, how: String, killed: bool },
     #[error("ezkl failed at {doing}: {said}")]
     Failed { doing: &'static str, said: String },
     /// What a worker answered is not what was asked for.

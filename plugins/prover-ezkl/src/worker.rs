@@ -141,7 +141,7 @@ impl Worker {
         let found = match worker.ask("starting", limit, "version", json!({})).await {
             Ok((found, _)) => found,
             // The script fails before its first answer: it has no ezkl, or is no Python.
-            Err(EzklError::Died { how, .. }) => return Err(EzklError::NoEzkl { python: python(), said: how }),
+            Err(EzklError::Died { how, killed: false, .. }) => return Err(EzklError::NoEzkl { python: python(), said: how }),
             Err(EzklError::TimedOut { .. }) => {
                 return Err(EzklError::NoEzkl { python: python(), said: format!("no answer within {} s", START.as_secs()) });
             }
@@ -202,7 +202,7 @@ impl Worker {
         let answered = tokio::time::timeout(limit.time, answered).await;
         let answered = answered.map_err(|_| EzklError::TimedOut { doing, limit: limit.time, key: limit.key })?;
         let line = answered
-            .map_err(|_| EzklError::Died { doing, how: "before it was asked".into() })?
+            .map_err(|_| EzklError::Died { doing, how: "before it was asked".into(), killed: true })?
             .map_err(|end| self.ended(doing, &end))?;
         let answer: Answer =
             serde_json::from_str(&line).map_err(|error| EzklError::Nonsense { doing, said: error.to_string() })?;
@@ -228,7 +228,7 @@ impl Worker {
         let last = end.said.lines().last().unwrap_or_default();
         let how = if last.is_empty() { status } else { format!("{status}, its last words: {last}") };
         warn!(doing, %how, "A worker ended by itself.");
-        EzklError::Died { doing, how }
+        EzklError::Died { doing, how, killed: end.status.is_some_and(|status| status.signal().is_some()) }
     }
 }
 
