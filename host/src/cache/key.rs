@@ -115,7 +115,7 @@ mod tests {
             sampled(|sampling| sampling.temperature = 0.0),
             sampled(|sampling| sampling.seed = Some(0)),
             sampled(|sampling| sampling.top_p = 0.5),
-            sampled(|sampling| drop(sampling.logit_bias.insert(1, 1.0))),
+            sampled(|sampling| sampling.logit_bias = [(1, 1.0)].into()),
         ];
         let mut keys: Vec<Key> = others.iter().map(|other| key(&model(None), other)).collect();
         keys.push(key(&model(None), &base));

@@ -77,6 +77,7 @@ pub fn job_of(event: &MarketEvent) -> Option<JobId> {
         | MarketEvent::JobClaimed { job, .. }
         | MarketEvent::ClaimLost { job, .. }
         | MarketEvent::ResultSubmitted { job, .. }
+        | MarketEvent::ProofAccepted { job, .. }
         | MarketEvent::Challenged { job, .. }
         | MarketEvent::JobSettled { job, .. }
         | MarketEvent::JobRefunded { job, .. } => Some(*job),
