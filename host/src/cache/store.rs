@@ -534,6 +534,10 @@ mod tests {
             [&b"no database, and long enough to be told so by its first bytes, which are looked at............"[..], b""]
         {
             drop(open(folder.path(), 1 << 20));
+            // Its thread closes the file a moment later, and takes this one along.
+            while file.with_extension("sqlite-wal").exists() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
             match broken {
                 b"" => Connection::open(&file).expect("opens").pragma_update(None, "user_version", 99).expect("is set"),
                 bytes => fs::write(&file, bytes).expect("writes"),

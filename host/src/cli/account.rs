@@ -194,11 +194,17 @@ pub(super) fn done(progress: &Progress, coin: &str) -> String {
 impl From<AloneError> for Failure {
     fn from(error: AloneError) -> Self {
         match &error {
-            AloneError::None { kind } => Failure::new(
-                Failure::CONFIG,
-                &format!("no_{kind}"),
-                format!("{error}: add an entry for one to plugins.toml, as the comments of the shipped file show"),
-            ),
+            AloneError::None { kind } => {
+                let ours = match *kind {
+                    "chain" => "chain-base",
+                    "prover" => "prover-groth16",
+                    _ => "storage-disk",
+                };
+                let message = format!(
+                    "{error}: add an entry with use = \"{ours}\" to plugins.toml, as the comments of the shipped file show"
+                );
+                Failure::new(Failure::CONFIG, &format!("no_{kind}"), message)
+            }
             AloneError::Start { .. } => Failure::new(Failure::FAILED, "plugin", error),
         }
     }

@@ -103,7 +103,7 @@ enum Action {
         #[command(flatten)]
         shared: Shared,
     },
-    /// Shows what a proof in a file says, what it leaves open, and what it is about. Checks nothing.
+    /// Shows what a proof in a file says, and what it leaves open. Checks nothing.
     Show {
         /// The proof's file.
         file: PathBuf,
