@@ -235,7 +235,8 @@ fn portal_that_lies_is_found_out_and_another_one_read() {
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_work_beside_a_running_node() {
     let portal = Portal::start();
-    let node = Node::start(&config(&[&portal]).replace("enabled = false", "enabled = true")).await;
+    let config = config(&[&portal]).replace("enabled = false", "enabled = true");
+    let node = Node::start(&format!("{config}\n[[plugin]]\nid = 'echo'\nuse = 'inference-echo'\n")).await;
     let (_, id) = file(&node.place, "in", 3 * MIB);
     for plugin in ["disk", "s5"] {
         let put = node.place.run(&["storage", "put", "in", "--plugin", plugin]);

@@ -57,7 +57,16 @@ impl Chain {
     fn send(&self, to: Option<&str>, data: &[u8]) -> Value {
         let transaction = json!({ "from": ACCOUNT, "to": to, "data": format!("0x{}", hex::encode(data)), "gas": "0x1c9c380" });
         let hash = self.call("eth_sendTransaction", json!([transaction])).unwrap();
-        let receipt = self.call("eth_getTransactionReceipt", json!([hash])).unwrap();
+        // The block comes a moment after the transaction.
+        let receipt = (0..3000).find_map(|_| {
+            let receipt = self.call("eth_getTransactionReceipt", json!([hash])).unwrap();
+            if receipt.is_null() {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                return None;
+            }
+            Some(receipt)
+        });
+        let receipt = receipt.expect("the transaction is in a block");
         assert_eq!(receipt["status"], "0x1", "{receipt}");
         receipt
     }
