@@ -175,6 +175,8 @@ impl Clients {
                     let (value, nonce) = (format!("0x{value:x}"), format!("0x{nonce:x}"));
                     let call = json!({
                         "from": from.address, "to": self.escrow, "data": data, "value": value, "nonce": nonce, "gas": "0x1c9c38",
+                        // Full blocks make the next ones dearer: what is offered is enough for all of them.
+                        "maxFeePerGas": "0x174876e800", "maxPriorityFeePerGas": "0x3b9aca00",
                     });
                     json!({ "jsonrpc": "2.0", "id": 1, "method": "eth_sendTransaction", "params": [call] })
                 })

@@ -335,7 +335,8 @@ async fn a_killed_node_loses_at_most_the_credit() {
     );
     assert!(sessions.len() > RUNS / 2, "most kills come after a voucher");
     let began = Instant::now();
-    eventually("all that was promised is paid", Duration::from_secs(60), async || {
+    // Many at once make the next blocks dearer, and a chain that makes none by itself lets the rest wait until more is offered.
+    eventually("all that was promised is paid", Duration::from_secs(180), async || {
         (paid(&payer, market::PAYOUT.address.into()).await - before == owed).then_some(())
     })
     .await;
