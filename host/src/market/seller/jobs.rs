@@ -19,6 +19,7 @@ use std::time::Duration;
 use fabstir_plugin_api::chain::{Act, Cursor, Job, JobId, ModelId, Notice, Since, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
+use fabstir_plugin_api::prover::ProofKind;
 use fabstir_plugin_api::stream::Stream;
 use futures::FutureExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -523,7 +524,8 @@ impl Lane {
             |Provable { kind, program, takes_ms, .. }: Provable| kind.number().map(|kind| Proves { kind, program, takes_ms });
         Ok(Standing {
             models,
-            proves: provables.ready.into_iter().filter_map(proves).collect(),
+            // The inputs of an ONNX model stand in no job, so that none can be proven.
+            proves: provables.ready.into_iter().filter(|known| known.kind != ProofKind::OnnxModel).filter_map(proves).collect(),
             is_starting: !routes.starting.is_empty() || provables.is_preparing,
             can_store: !routes.storage.is_empty(),
             is_in_network: match (seller.peer.get(), routes.transport.is_empty()) {
