@@ -10,6 +10,9 @@
 //!                          likeness: to a question that means the same? --yes--> say that
 //!                               |
 //!                           scheduler, and the whole answer into the store
+//!
+//! neighbours: which questions are near, by a storage plugin that keeps vectors
+//! shared: packs of answers in a storage plugin, for the operator's other nodes
 //! ```
 //!
 //! - A [`Key`](key::Key) covers the tenant, the model by its digest, and every setting. Tenants never meet.
@@ -17,29 +20,39 @@
 //! - Only whole answers are kept, and only of the model that the key names.
 //! - Another question's answer is given only where the operator has named a model that embeds, and only where the words agree in all that an
 //!   answer hangs on: see [`veto`].
+//! - Making a vector takes time. The generation begins meanwhile, and is given up if an answer is found before it has begun to speak.
+//! - What other nodes share is fetched in the background. Nobody's request waits for anything but this machine.
 //! - Whatever fails here fails to a miss.
 //!
 //! It serves the node's own HTTP edge alone. Sessions with other nodes are paid by the token that is generated, and posted jobs promise work
 //! that can be proved: both go to the scheduler without a look.
 
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fabstir_plugin_api::context::Cx;
-use fabstir_plugin_api::inference::{Chunk, Embed, Generation, Input};
+use fabstir_plugin_api::inference::{Chunk, Embed, Finish, Generation, Input};
+use futures::FutureExt;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
-use tokio::sync::oneshot;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::now_ms;
 use crate::config;
+use crate::identity::{GroupKey, IdentityError};
+use crate::routes::Routes;
 use crate::scheduler::{Answer, Refused, Scheduler, ServedModelInfo};
 
 mod flight;
 mod key;
 mod likeness;
 mod metrics;
+mod neighbours;
+mod shared;
 pub mod store;
 #[cfg(test)]
 mod tests;
@@ -49,6 +62,8 @@ use flight::{Begun, Flights, Keep, Reader};
 use key::{Identity, Key};
 use likeness::Wording;
 use metrics::Metrics;
+use neighbours::Neighbours;
+use shared::Sharing;
 use store::{Fresh, Store};
 
 /// What a client wants of the cache.
@@ -80,7 +95,7 @@ pub enum Found {
 }
 
 /// An answer that was given.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// The plugin that gave it.
     pub plugin: String,
@@ -130,22 +145,25 @@ impl Telling {
 /// The cache of a running node.
 pub struct Cache {
     scheduler: Arc<Scheduler>,
+    routes: watch::Receiver<Arc<Routes>>,
     store: Store,
     flights: Arc<Flights>,
     metrics: Metrics,
     ttl: Duration,
     semantic: Option<Semantic>,
+    /// What is done beside the requests, until the cache is dropped.
+    _tasks: Vec<AbortOnDropHandle<()>>,
 }
 
 /// How questions are compared.
-#[derive(Clone)]
 struct Semantic {
     /// The model that embeds.
     model: String,
     /// The least cosine.
     at_least: f32,
-    /// How long a request waits for the vector of its question; past that it goes on without.
+    /// How long an answer that could begin is held back for a look at others.
     wait: Duration,
+    neighbours: Arc<Neighbours>,
 }
 
 /// How long making one may take. One that comes while the answer is generated is kept with it.
@@ -174,18 +192,54 @@ struct Worded {
 
 impl Cache {
     /// Opens the cache of a data folder; `None` where the configuration wants none. A store that cannot be used is set aside or done without.
-    pub fn open(config: &config::Cache, data_dir: &std::path::Path, scheduler: Arc<Scheduler>) -> Option<Arc<Cache>> {
+    ///
+    /// # Errors
+    /// The key that nodes share answers by can be neither read nor made.
+    pub fn open(
+        config: &config::Cache,
+        data_dir: &std::path::Path,
+        scheduler: Arc<Scheduler>,
+        routes: watch::Receiver<Arc<Routes>>,
+    ) -> Result<Option<Arc<Cache>>, IdentityError> {
         if !config.enabled {
-            return None;
+            if Store::is_there(data_dir) {
+                tracing::info!("The cache is off; answers of an earlier time are still on the disk. `fabstir-node cache flush` removes them.");
+            }
+            return Ok(None);
         }
         let metrics = Metrics::default();
         let ttl = Duration::from_secs(config.ttl_s);
         let store = Store::open(data_dir, config.max_bytes.0, ttl, metrics.clone());
+        let mut tasks = Vec::new();
+        let mut task = |task| tasks.push(AbortOnDropHandle::new(tokio::spawn(task)));
+        let neighbours = Neighbours::new(routes.clone(), store.clone(), metrics.clone());
         let config::Semantic { model, threshold_permille, wait_ms } = &config.semantic;
-        let at_least = f32::from(*threshold_permille) / 1000.0;
-        let semantic =
-            model.as_ref().map(|model| Semantic { model: model.clone(), at_least, wait: Duration::from_millis(*wait_ms) });
-        Some(Arc::new(Cache { scheduler, store, flights: Arc::default(), metrics, ttl, semantic }))
+        let semantic = model.as_ref().map(|model| Semantic {
+            model: model.clone(),
+            at_least: f32::from(*threshold_permille) / 1000.0,
+            wait: Duration::from_millis(*wait_ms),
+            neighbours: neighbours.clone(),
+        });
+        if semantic.is_some() {
+            task(neighbours.clone().tend().boxed());
+        }
+        let config::Shared { storage, key_file, every_s } = &config.shared;
+        if let Some(plugin) = storage {
+            let key = GroupKey::load_or_create(key_file.as_deref().unwrap_or(&data_dir.join("cache").join("shared.key")))?;
+            let every = Duration::from_secs(*every_s);
+            let sharing = Sharing {
+                plugin: plugin.clone(),
+                key,
+                every,
+                ttl,
+                routes: routes.clone(),
+                store: store.clone(),
+                neighbours,
+                metrics: metrics.clone(),
+            };
+            task(sharing.run().boxed());
+        }
+        Ok(Some(Arc::new(Cache { scheduler, routes, store, flights: Arc::default(), metrics, ttl, semantic, _tasks: tasks })))
     }
 
     /// Shows the cache's metrics in `registry`.
@@ -206,7 +260,11 @@ impl Cache {
         };
         self.metrics.lookups.inc();
         if wish.only_kept {
-            let Some((entry, found)) = self.kept(&asked).await else { return Ok(None) };
+            let found = match self.exact(&asked).await {
+                None => self.alike(&asked).await,
+                exact => exact,
+            };
+            let Some((entry, found)) = found else { return Ok(None) };
             let plugin = entry.plugin.clone();
             let kept = async move { Ok(Begun::Kept { entry, found }) };
             let reader = flight::alone(Box::pin(kept), Box::new(|_, _| {}));
@@ -240,6 +298,7 @@ impl Cache {
         let Some(model) = model.filter(|_| reproducible && !wish.no_store) else {
             return (!wish.only_kept).then_some(Err(request));
         };
+        let of = |model: &ServedModelInfo| Identity::new(model.digest.as_deref(), &model.plugin, &model.id, &self.routes.borrow());
         let identity = of(model);
         let key = Key::new(&identity, model, &request);
         let embedder = self.semantic.as_ref().and_then(|semantic| models.iter().find(|model| model.id == semantic.model));
@@ -249,14 +308,22 @@ impl Cache {
         Some(Ok(Asked { key, identity, request: Arc::new(request), since_ms, question, wording: Arc::default() }))
     }
 
-    async fn kept(&self, asked: &Asked) -> Option<(Entry, Found)> {
-        let age = |entry: &Entry| Duration::from_millis(now_ms().saturating_sub(entry.stored_ms));
-        if let Some(entry) = self.store.find(asked.key, asked.since_ms).await {
-            let age = age(&entry);
-            return Some((entry, Found::Kept { age }));
+    /// The answer that was given to the same request.
+    async fn exact(&self, asked: &Asked) -> Option<(Entry, Found)> {
+        let entry = self.store.find(asked.key, asked.since_ms).await?;
+        let age = age(&entry);
+        Some((entry, Found::Kept { age }))
+    }
+
+    /// The answer that was given to a question that means the same. Takes as long as a vector takes to be made.
+    async fn alike(&self, asked: &Asked) -> Option<(Entry, Found)> {
+        let semantic = self.semantic.as_ref()?;
+        let wording = self.wording(asked).await?;
+        let near = semantic.neighbours.near(&wording, semantic.at_least).await;
+        if near.is_empty() {
+            return None;
         }
-        let (semantic, wording) = (self.semantic.as_ref()?, self.wording(asked).await?);
-        let (entry, similarity) = self.store.alike(wording, semantic.at_least, asked.since_ms).await?;
+        let (entry, similarity) = self.store.alike(near, wording, asked.since_ms).await?;
         let age = age(&entry);
         // A hair more than 1 comes of rounding.
         Some((entry, Found::Alike { age, permille: (similarity * 1000.0).clamp(0.0, 1000.0) as u16 }))
@@ -286,7 +353,7 @@ impl Cache {
         });
         // A second try for the same request finds the first one's work.
         let _ = asked.wording.making.set(AbortOnDropHandle::new(making));
-        let _ = tokio::time::timeout(semantic.wait, is_made).await;
+        let _ = is_made.await;
         asked.wording.made.get().cloned()
     }
 
@@ -294,22 +361,45 @@ impl Cache {
     fn beginning(self: &Arc<Self>, cx: Cx, asked: Asked, look: bool) -> flight::Beginning {
         let cache = self.clone();
         Box::pin(async move {
-            if !look {
-                cache.wording(&asked).await;
-            } else if let Some((entry, found)) = cache.kept(&asked).await {
+            if look && let Some((entry, found)) = cache.exact(&asked).await {
                 return Ok(Begun::Kept { entry, found });
             }
+            let semantic = cache.semantic.as_ref().filter(|_| asked.question.is_some());
             let request = Generation::clone(&asked.request);
-            Ok(Begun::Generating(cache.scheduler.generate(cx, request).await?))
+            let Some(semantic) = semantic else {
+                return Ok(Begun::Generating(cache.scheduler.generate(cx, request).await?, None));
+            };
+            let generation = async {
+                let mut answer = cache.scheduler.generate(cx, request).await?;
+                let first = answer.next().await;
+                Ok(Begun::Generating(answer, first))
+            };
+            let alike = async { if look { cache.alike(&asked).await } else { cache.wording(&asked).await.and(None) } };
+            let latest = Instant::now() + semantic.wait;
+            let (mut generation, mut alike) = (pin!(generation), pin!(alike));
+            tokio::select! {
+                biased;
+                found = &mut alike => match found {
+                    Some((entry, found)) => Ok(Begun::Kept { entry, found }),
+                    None => generation.await,
+                },
+                begun = &mut generation => match timeout_at(latest, alike).await {
+                    Ok(Some((entry, found))) => Ok(Begun::Kept { entry, found }),
+                    _ => begun,
+                },
+            }
         })
     }
 
     fn keep(&self, asked: &Asked) -> Keep {
         let Asked { key, identity, request, wording, .. } = asked.clone();
-        let store = self.store.clone();
+        let (store, neighbours) = (self.store.clone(), self.semantic.as_ref().map(|semantic| semantic.neighbours.clone()));
+        let routes = self.routes.clone();
         Box::new(move |answer, chunks| {
             // Another plugin may have come in, with another model of the same name.
-            if Identity::new(answer.digest(), answer.plugin(), &request.model) != identity {
+            let same = Identity::new(answer.digest(), answer.plugin(), &request.model, &routes.borrow()) == identity;
+            let whole = matches!(chunks.last(), Some(Chunk::Done(done)) if matches!(done.finish, Finish::Stop | Finish::Length));
+            if !same || !whole {
                 return;
             }
             let entry = Entry { plugin: answer.plugin().to_owned(), stored_ms: now_ms(), chunks: chunks.to_vec() };
@@ -320,6 +410,9 @@ impl Cache {
                 entry,
                 wording: wording.made.get().cloned(),
             });
+            if let Some(neighbours) = neighbours {
+                neighbours.notice();
+            }
         })
     }
 
@@ -335,6 +428,6 @@ impl Cache {
     }
 }
 
-fn of(model: &ServedModelInfo) -> Identity {
-    Identity::new(model.digest.as_deref(), &model.plugin, &model.id)
+fn age(entry: &Entry) -> Duration {
+    Duration::from_millis(now_ms().saturating_sub(entry.stored_ms))
 }

@@ -327,6 +327,8 @@ pub struct Cache {
     pub ttl_s: u64,
     /// Whether a question may be answered with the answer to another that means the same.
     pub semantic: Semantic,
+    /// Whether answers are shared with other nodes of the same operator.
+    pub shared: Shared,
 }
 
 /// Whether a question may be answered with the answer to another that means the same: only the single question of a conversation, asked by
@@ -334,7 +336,8 @@ pub struct Cache {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Semantic {
-    /// The model that makes vectors of questions, one that this node serves. Left out, questions are not compared.
+    /// The model that makes vectors of questions, one that this node serves. Left out, questions are not compared. The vectors lie in a storage
+    /// plugin that keeps such: storage-disk.
     ///
     /// Example: `model = "all-minilm"`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -345,23 +348,55 @@ pub struct Semantic {
     /// Example: `threshold_permille = 950`.
     #[schemars(range(min = 1, max = 1000))]
     pub threshold_permille: u16,
-    /// How long a request waits for the vector of its question, in milliseconds; past that it goes on without.
+    /// How long an answer that could begin is held back while its question is compared, in milliseconds. Comparing and answering begin at
+    /// the same time; what is compared first wins.
     ///
-    /// Default: `200`.
+    /// Default: `8`.
     /// Example: `wait_ms = 50`.
-    #[schemars(range(min = 1, max = 10_000))]
+    #[schemars(range(min = 0, max = 10_000))]
     pub wait_ms: u64,
+}
+
+/// Whether answers are shared with other nodes of the same operator: sealed with a key that those nodes have, in a storage plugin that they
+/// all reach. Each fetches what the others put there in the background, and answers from its own disk.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Shared {
+    /// The id of the storage plugin, which has to keep pointers: storage-s5, or storage-s5-node. Left out, nothing is shared.
+    ///
+    /// Example: `storage = "s5"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage: Option<String>,
+    /// The file with the key, 64 hexadecimal digits, for nobody but its owner to read. It is made where there is none: copy it to the other
+    /// nodes. Whoever has it reads and writes the shared answers. Default: `cache/shared.key` in the data folder.
+    ///
+    /// Example: `key_file = "/etc/fabstir-node/shared.key"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub key_file: Option<PathBuf>,
+    /// How often it is looked for what others have put there, and new answers are added, in seconds.
+    ///
+    /// Default: `60`.
+    /// Example: `every_s = 10`.
+    #[schemars(range(min = 1))]
+    pub every_s: u64,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { storage: None, key_file: None, every_s: 60 }
+    }
 }
 
 impl Default for Semantic {
     fn default() -> Self {
-        Self { model: None, threshold_permille: 900, wait_ms: 200 }
+        Self { model: None, threshold_permille: 900, wait_ms: 8 }
     }
 }
 
 impl Default for Cache {
     fn default() -> Self {
-        Self { enabled: false, max_bytes: Bytes(256 << 20), ttl_s: 86_400, semantic: Semantic::default() }
+        Self { enabled: false, max_bytes: Bytes(256 << 20), ttl_s: 86_400, semantic: Semantic::default(), shared: Shared::default() }
     }
 }
 

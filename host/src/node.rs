@@ -60,7 +60,7 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
     let seller = Seller::open(&config, scheduler.clone(), supervisor.subscribe())?;
     let network = Network::new(config.network.clone(), key, scheduler.clone(), seller.clone());
     metrics.register(|registry| network.register(registry));
-    let cache = Cache::open(&config.cache, &config.node.data_dir, scheduler.clone());
+    let cache = Cache::open(&config.cache, &config.node.data_dir, scheduler.clone(), supervisor.subscribe())?;
     if let Some(cache) = &cache {
         metrics.register(|registry| cache.register(registry));
     }

@@ -48,6 +48,8 @@ pub struct InferenceRoute {
     /// Counts the plugin's instances: a restart or a swap makes a new one.
     pub generation: u64,
     pub models: Vec<ServedModel>,
+    /// A hash of the plugin's file and its settings: what a model without a digest is told by.
+    pub setup: String,
     pub inference: Arc<dyn Inference>,
     /// To be held for as long as a call or its stream lives: draining waits for it.
     pub in_flight: Arc<InFlight>,

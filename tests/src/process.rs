@@ -15,9 +15,14 @@ pub struct Worker {
 
 /// The workers that a process has started and that still run; probes are not among them.
 pub fn workers(parent: i32) -> Vec<Worker> {
+    children(parent).into_iter().filter_map(worker).collect()
+}
+
+/// The processes that a process has started and that still run.
+pub fn children(parent: i32) -> Vec<i32> {
     let pids = fs::read_dir("/proc").expect("the process table is there").flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| is_child(*pid, parent)).filter_map(worker).collect()
+    pids.filter(|pid| is_child(*pid, parent)).collect()
 }
 
 fn is_child(pid: i32, parent: i32) -> bool {

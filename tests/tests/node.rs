@@ -8,6 +8,8 @@ mod cache;
 mod chat;
 #[path = "node/clients.rs"]
 mod clients;
+#[path = "node/ezkl.rs"]
+mod ezkl;
 #[path = "node/faults.rs"]
 mod faults;
 #[path = "node/jobs.rs"]
@@ -32,6 +34,8 @@ mod proofs;
 mod semantic;
 #[path = "node/serving.rs"]
 mod serving;
+#[path = "node/sharing.rs"]
+mod sharing;
 #[path = "node/storage.rs"]
 mod storage;
 #[path = "node/vouchers.rs"]

@@ -25,7 +25,8 @@ pub(super) enum Begun {
         entry: Entry,
         found: Found,
     },
-    Generating(Answer),
+    /// With what was read of it already: its first chunk, or that it failed.
+    Generating(Answer, Option<Result<Chunk, Refused>>),
 }
 
 /// How it begins. It runs until its first reader has it, or the last has gone.
@@ -131,9 +132,12 @@ impl State {
     fn step(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match &mut self.phase {
             Phase::Beginning(beginning) => match ready!(beginning.as_mut().poll(context)) {
-                Ok(Begun::Generating(answer)) => {
+                Ok(Begun::Generating(answer, first)) => {
                     self.plugin = answer.plugin().to_owned();
                     self.phase = Phase::Generating(answer);
+                    if first.is_some() {
+                        self.take(first);
+                    }
                 }
                 Ok(Begun::Kept { entry, found }) => {
                     self.plugin = entry.plugin;
@@ -143,23 +147,32 @@ impl State {
                 }
                 Err(refused) => self.phase = Phase::Over(Some(refused)),
             },
-            Phase::Generating(answer) => match ready!(answer.poll_next_unpin(context)) {
-                Some(Ok(chunk)) => {
-                    let done = matches!(chunk, Chunk::Done(_));
-                    self.log.push(chunk);
-                    if done {
-                        if let Some(keep) = self.keep.take() {
-                            keep(answer, &self.log);
-                        }
-                        self.phase = Phase::Over(None);
-                    }
-                }
-                Some(Err(refused)) => self.phase = Phase::Over(Some(refused)),
-                None => self.phase = Phase::Over(None),
-            },
+            Phase::Generating(answer) => {
+                let item = ready!(answer.poll_next_unpin(context));
+                self.take(item);
+            }
             Phase::Over(_) => {}
         }
         Poll::Ready(())
+    }
+
+    /// Takes in what the answer says next; `None` at its end.
+    fn take(&mut self, item: Option<Result<Chunk, Refused>>) {
+        let Phase::Generating(answer) = &self.phase else { return };
+        match item {
+            Some(Ok(chunk)) => {
+                let done = matches!(chunk, Chunk::Done(_));
+                self.log.push(chunk);
+                if done {
+                    if let Some(keep) = self.keep.take() {
+                        keep(answer, &self.log);
+                    }
+                    self.phase = Phase::Over(None);
+                }
+            }
+            Some(Err(refused)) => self.phase = Phase::Over(Some(refused)),
+            None => self.phase = Phase::Over(None),
+        }
     }
 }
 

@@ -1,13 +1,15 @@
 //! What an answer depends on, as 32 bytes.
 
 use fabstir_plugin_api::inference::{Format, Generation, Input, Sampling};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::clock;
+use crate::routes::Routes;
 use crate::scheduler::ServedModelInfo;
 
 /// The name of an answer: BLAKE3 of everything that it depends on. Two requests with the same key are the same request, from the same tenant,
 /// to the same model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Key(pub [u8; 32]);
 
 /// Part of every key: a later encoding of the same request shares no key with this one.
@@ -17,20 +19,23 @@ const SPACE: &[u8] = b"fabstir space of questions 1\n";
 /// The model that has to have given an answer.
 ///
 /// Where the plugin knows a digest of the file and its chat template, that is the model, whoever serves it under whatever name. Otherwise it is
-/// the plugin's name and the model's.
+/// the model's name in this plugin, as the plugin's file and its settings are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Identity {
     Digest(String),
-    Name { plugin: String, model: String },
+    Name { plugin: String, setup: String, model: String },
 }
 
 impl Identity {
-    pub fn new(digest: Option<&str>, plugin: &str, model: &str) -> Identity {
-        match digest {
-            Some(digest) => Identity::Digest(digest.to_owned()),
-            None => Identity::Name { plugin: plugin.to_owned(), model: model.to_owned() },
+    /// The identity of a model that `plugin` serves at this moment.
+    pub fn new(digest: Option<&str>, plugin: &str, model: &str, routes: &Routes) -> Identity {
+        if let Some(digest) = digest {
+            return Identity::Digest(digest.to_owned());
         }
+        let route = routes.inference.iter().find(|route| route.plugin == plugin);
+        let setup = route.map(|route| route.setup.clone()).unwrap_or_default();
+        Identity::Name { plugin: plugin.to_owned(), setup, model: model.to_owned() }
     }
 }
 
@@ -39,6 +44,8 @@ impl Identity {
 struct Asked<'a> {
     tenant: &'a str,
     model: &'a Identity,
+    /// Chat templates may tell the model the date.
+    day: i64,
     /// Where the client sets no limit, an answer ends with the context.
     context: u32,
     input: &'a Input,
@@ -67,6 +74,7 @@ impl Key {
         let asked = Asked {
             tenant: cache_salt,
             model: identity,
+            day: clock::local_day(),
             context: model.context,
             input,
             sampling,
@@ -93,7 +101,7 @@ mod tests {
     }
 
     fn key(model: &ServedModelInfo, request: &Generation) -> Key {
-        Key::new(&Identity::new(model.digest.as_deref(), &model.plugin, &model.id), model, request)
+        Key::new(&Identity::new(model.digest.as_deref(), &model.plugin, &model.id, &Routes::default()), model, request)
     }
 
     #[test]

@@ -26,6 +26,10 @@ pub(super) struct Metrics {
     pub stored: Counter,
     pub evicted: Counter,
     pub tokens_saved: Counter,
+    pub questions: Counter,
+    pub questions_forgotten: Counter,
+    pub shared: Counter,
+    pub taken_in: Counter,
     pub entries: Gauge,
     pub bytes: Gauge,
 }
@@ -46,6 +50,18 @@ impl Metrics {
         registry.register("fabstir_cache_stored", "Answers kept", self.stored.clone());
         registry.register("fabstir_cache_evicted", "Kept answers given up for want of room", self.evicted.clone());
         registry.register("fabstir_cache_tokens_saved", "Tokens of answers that were not generated", self.tokens_saved.clone());
+        registry.register(
+            "fabstir_cache_questions",
+            "Questions that can be found in other words from now on",
+            self.questions.clone(),
+        );
+        registry.register(
+            "fabstir_cache_questions_forgotten",
+            "Questions that cannot be found any more, because their answers are gone",
+            self.questions_forgotten.clone(),
+        );
+        registry.register("fabstir_cache_shared", "Answers put where other nodes find them", self.shared.clone());
+        registry.register("fabstir_cache_taken_in", "Answers of other nodes that were taken in", self.taken_in.clone());
         registry.register("fabstir_cache_entries", "Answers that are kept", self.entries.clone());
         registry.register("fabstir_cache_bytes", "Bytes of the answers that are kept", self.bytes.clone());
     }

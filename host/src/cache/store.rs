@@ -8,27 +8,39 @@
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use fabstir_plugin_api::inference::Chunk;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::{error, warn};
 
 use super::Entry;
 use super::key::Key;
-use super::likeness::{Questions, Wording};
+use super::likeness::Wording;
 use super::metrics::Metrics;
+use super::veto::Question;
 use crate::clock::now_ms;
 
+mod sharing;
+mod wording;
+
+pub(super) use sharing::Part;
+
+
 /// The layout of the tables. A file with another one is set aside.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 
 /// Looks and writes that may wait for the thread.
 const MOST_WAITING: usize = 1024;
+
+/// Bytes of answers that may wait with it.
+const MOST_WAITING_BYTES: u64 = 64 << 20;
 
 /// How long a look may take. A disk that hangs costs a request so much, and no more.
 const LOOK: Duration = Duration::from_millis(100);
@@ -50,6 +62,7 @@ const EMPTIED_TO: u64 = 90;
 const SWEEP: Duration = Duration::from_secs(60);
 
 /// An answer to be kept.
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Fresh {
     pub key: Key,
     pub tenant: String,
@@ -59,17 +72,36 @@ pub(super) struct Fresh {
     pub wording: Option<Wording>,
 }
 
-enum Command {
-    Find { key: Key, since_ms: u64, tell: oneshot::Sender<Option<Entry>> },
-    Alike { asked: Box<Wording>, at_least: f32, since_ms: u64, tell: oneshot::Sender<Option<(Entry, f32)>> },
-    Keep(Box<Fresh>),
+impl Fresh {
+    /// What it takes in memory, about.
+    fn bytes(&self) -> u64 {
+        let chunk = |chunk: &Chunk| match chunk {
+            Chunk::Text(text) => text.text.len() + text.logprobs.len() * 512,
+            _ => 0,
+        };
+        self.entry.chunks.iter().map(|item| chunk(item) as u64 + 64).sum()
+    }
 }
+
+/// Bytes that are counted as waiting until it is dropped.
+struct Waits(Arc<AtomicU64>, u64);
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
+/// Work for the store's thread.
+type Work = Box<dyn FnOnce(&mut Shelf) + Send>;
 
 /// The open store. Clones are the same.
 #[derive(Clone)]
 pub(super) struct Store {
     /// `None` where there is no store: then nothing is found, and nothing kept.
-    commands: Option<mpsc::SyncSender<Command>>,
+    work: Option<mpsc::SyncSender<Work>>,
+    /// Bytes of the answers that wait to be kept.
+    waiting: Arc<AtomicU64>,
 }
 
 impl Store {
@@ -77,42 +109,75 @@ impl Store {
     pub fn open(data_dir: &Path, max_bytes: u64, ttl: Duration, metrics: Metrics) -> Store {
         let file = path(data_dir);
         let opened = Shelf::open(file.clone(), max_bytes, ttl, metrics).and_then(|mut shelf| {
-            let (commands, queue) = mpsc::sync_channel(MOST_WAITING);
+            let (work, queue) = mpsc::sync_channel::<Work>(MOST_WAITING);
             let thread = thread::Builder::new().name("cache".into()).spawn(move || {
-                while let Ok(command) = queue.recv() {
-                    shelf.carry_out(command);
+                loop {
+                    match queue.recv_timeout(SWEEP) {
+                        Ok(work) => work(&mut shelf),
+                        Err(RecvTimeoutError::Timeout) => shelf.tidy(),
+                        Err(RecvTimeoutError::Disconnected) => return,
+                    }
                 }
             });
             thread.map_err(|error| error.to_string())?;
-            Ok(commands)
+            Ok(work)
         });
         match opened {
-            Ok(commands) => Store { commands: Some(commands) },
+            Ok(work) => Store { work: Some(work), waiting: Arc::default() },
             Err(reason) => {
                 error!(file = %file.display(), reason, "No answers are kept: their file can be neither used nor replaced.");
-                Store { commands: None }
+                Store { work: None, waiting: Arc::default() }
             }
         }
     }
 
-    /// The answer with a key, unless it is older.
-    pub async fn find(&self, key: Key, since_ms: u64) -> Option<Entry> {
-        let (tell, told) = oneshot::channel();
-        self.commands.as_ref()?.try_send(Command::Find { key, since_ms, tell }).ok()?;
-        tokio::time::timeout(LOOK, told).await.ok()?.ok()?
+    /// Whether a data folder has one.
+    pub fn is_there(data_dir: &Path) -> bool {
+        path(data_dir).exists()
     }
 
-    /// The answer to a question that means the same, and how alike the two are.
-    pub async fn alike(&self, asked: Wording, at_least: f32, since_ms: u64) -> Option<(Entry, f32)> {
-        let (tell, told) = oneshot::channel();
-        self.commands.as_ref()?.try_send(Command::Alike { asked: Box::new(asked), at_least, since_ms, tell }).ok()?;
-        tokio::time::timeout(LOOK, told).await.ok()?.ok()?
+    /// The answer with a key, unless it is older.
+    pub async fn find(&self, key: Key, since_ms: u64) -> Option<Entry> {
+        self.ask(LOOK, move |shelf| shelf.find(key, since_ms)).await?
+    }
+
+    /// The first answer of `near` whose question asks the same as `question`, and how alike the two are.
+    pub async fn alike(&self, near: Vec<(Key, f32)>, question: Wording, since_ms: u64) -> Option<(Entry, f32)> {
+        self.ask(LOOK, move |shelf| shelf.alike(near, &question, since_ms)).await?
     }
 
     /// Keeps an answer, where there is room in the queue.
     pub fn keep(&self, fresh: Fresh) {
-        if let Some(commands) = &self.commands {
-            let _ = commands.try_send(Command::Keep(Box::new(fresh)));
+        let (bytes, waiting) = (fresh.bytes(), self.waiting.clone());
+        if waiting.fetch_add(bytes, Ordering::Relaxed) + bytes > MOST_WAITING_BYTES {
+            waiting.fetch_sub(bytes, Ordering::Relaxed);
+            return;
+        }
+        let waits = Waits(waiting, bytes);
+        self.tell(move |shelf| {
+            drop(waits);
+            shelf.keep(&fresh, None)
+        });
+    }
+
+    /// What `work` finds; `None` where it fails, or takes longer than `limit`.
+    pub(super) async fn ask<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(&mut Shelf) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Option<T> {
+        let (tell, told) = oneshot::channel();
+        self.tell(move |shelf| work(shelf).map(|found| drop(tell.send(found))));
+        tokio::time::timeout(limit, told).await.ok()?.ok()
+    }
+
+    fn tell(&self, work: impl FnOnce(&mut Shelf) -> rusqlite::Result<()> + Send + 'static) {
+        if let Some(queue) = &self.work {
+            let _ = queue.try_send(Box::new(move |shelf| {
+                if let Err(error) = work(shelf) {
+                    shelf.failed(&error);
+                }
+            }));
         }
     }
 }
@@ -128,7 +193,7 @@ fn aside(file: &Path) -> PathBuf {
 }
 
 /// The thread's side of it.
-struct Shelf {
+pub(super) struct Shelf {
     file: PathBuf,
     connection: Connection,
     max_bytes: u64,
@@ -136,7 +201,6 @@ struct Shelf {
     metrics: Metrics,
     bytes: u64,
     swept: Instant,
-    questions: Questions,
 }
 
 impl Shelf {
@@ -150,26 +214,9 @@ impl Shelf {
             Err(error) => return Err(error.to_string()),
         };
         connection.busy_timeout(BUSY).map_err(|error| error.to_string())?;
-        let mut shelf =
-            Shelf { file, connection, max_bytes, ttl, metrics, bytes: 0, swept: Instant::now(), questions: Questions::default() };
+        let mut shelf = Shelf { file, connection, max_bytes, ttl, metrics, bytes: 0, swept: Instant::now() };
         shelf.tidy();
-        if let Err(error) = shelf.remember() {
-            shelf.failed(&error);
-        }
         Ok(shelf)
-    }
-
-    fn carry_out(&mut self, command: Command) {
-        let done = match command {
-            Command::Find { key, since_ms, tell } => self.find(key, since_ms).map(|entry| drop(tell.send(entry))),
-            Command::Alike { asked, at_least, since_ms, tell } => {
-                self.alike(&asked, at_least, since_ms).map(|found| drop(tell.send(found)))
-            }
-            Command::Keep(fresh) => self.keep(&fresh),
-        };
-        if let Err(error) = done {
-            self.failed(&error);
-        }
     }
 
     fn find(&mut self, key: Key, since_ms: u64) -> rusqlite::Result<Option<Entry>> {
@@ -200,32 +247,30 @@ impl Shelf {
         }
     }
 
-    fn alike(&mut self, asked: &Wording, at_least: f32, since_ms: u64) -> rusqlite::Result<Option<(Entry, f32)>> {
-        for (key, similarity) in self.questions.alike(asked, at_least, |veto| self.metrics.veto(veto)) {
-            match self.find(key, since_ms)? {
-                Some(entry) => return Ok(Some((entry, similarity))),
-                // It was evicted or erased, or is too old; one that is only too old for this client comes back when it is generated anew.
-                None => self.questions.forget(key),
+    fn alike(&mut self, near: Vec<(Key, f32)>, asked: &Wording, since_ms: u64) -> rusqlite::Result<Option<(Entry, f32)>> {
+        let question = Question::new(&asked.text);
+        for (key, similarity) in near {
+            let known = "SELECT question FROM questions WHERE key = ?1 AND space = ?2";
+            let known = self.connection.query_row(known, [key.0, asked.space.0], |row| row.get::<_, String>(0)).optional()?;
+            let Some(known) = known else {
+                // Its answer went, and the vector was not told: with a file that was set aside, for example.
+                self.connection.execute("INSERT OR IGNORE INTO gone VALUES (?1, ?2)", [asked.space.0, key.0])?;
+                continue;
+            };
+            match Question::new(&known).differs(&question) {
+                Some(veto) => self.metrics.veto(veto),
+                None => {
+                    if let Some(entry) = self.find(key, since_ms)? {
+                        return Ok(Some((entry, similarity)));
+                    }
+                }
             }
         }
         Ok(None)
     }
 
-    /// Reads the questions of an earlier run.
-    fn remember(&mut self) -> rusqlite::Result<()> {
-        let mut all = self
-            .connection
-            .prepare("SELECT key, space, question, vector FROM questions JOIN entries USING (key) ORDER BY stored_ms")?;
-        let mut rows = all.query([])?;
-        while let Some(row) = rows.next()? {
-            let vector: Vec<u8> = row.get(3)?;
-            let vector = vector.chunks_exact(4).filter_map(|bytes| Some(f32::from_le_bytes(bytes.try_into().ok()?))).collect();
-            self.questions.add(Key(row.get(0)?), &Wording { space: Key(row.get(1)?), text: row.get(2)?, vector });
-        }
-        Ok(())
-    }
-
-    fn keep(&mut self, fresh: &Fresh) -> rusqlite::Result<()> {
+    /// Keeps an answer that was given here, or came in a pack of another node.
+    fn keep(&mut self, fresh: &Fresh, pack: Option<&str>) -> rusqlite::Result<()> {
         let Fresh { key, tenant, model, entry, wording } = fresh;
         let chunks =
             rmp_serde::to_vec_named(&entry.chunks).map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
@@ -239,19 +284,17 @@ impl Shelf {
         let transaction = self.connection.transaction()?;
         transaction.execute("DELETE FROM entries WHERE key = ?1", [key.0])?;
         transaction.execute(
-            "INSERT INTO entries VALUES (?1, ?2, ?3, ?4, ?5, ?5, 0, ?6, ?7)",
-            params![key.0, tenant, model, entry.plugin, integer(entry.stored_ms), tokens.sum::<u32>(), integer(bytes)],
+            "INSERT INTO entries VALUES (?1, ?2, ?3, ?4, ?5, ?5, 0, ?6, ?7, ?8)",
+            params![key.0, tenant, model, entry.plugin, integer(entry.stored_ms), tokens.sum::<u32>(), integer(bytes), pack],
         )?;
         let hash = blake3::hash(&chunks);
         transaction.execute("INSERT INTO answers VALUES (?1, ?2, ?3)", params![key.0, chunks, hash.as_bytes()])?;
         if let Some(Wording { space, text, vector }) = wording {
             let vector: Vec<u8> = vector.iter().flat_map(|number| number.to_le_bytes()).collect();
-            transaction.execute("INSERT INTO questions VALUES (?1, ?2, ?3, ?4)", params![key.0, space.0, text, vector])?;
+            transaction.execute("INSERT INTO questions VALUES (?1, ?2, ?3, ?4, 0)", params![key.0, space.0, text, vector])?;
+            transaction.execute("DELETE FROM gone WHERE space = ?1 AND key = ?2", [space.0, key.0])?;
         }
         transaction.commit()?;
-        if let Some(wording) = wording {
-            self.questions.add(*key, wording);
-        }
         self.metrics.stored.inc();
         self.bytes += bytes;
         if self.bytes > self.max_bytes || self.swept.elapsed() > SWEEP {
@@ -272,8 +315,13 @@ impl Shelf {
     }
 
     fn make_room(&mut self) -> rusqlite::Result<()> {
-        let oldest = now_ms().saturating_sub(self.ttl.as_millis() as u64);
-        self.connection.execute("DELETE FROM entries WHERE stored_ms < ?1", [integer(oldest)])?;
+        let oldest = integer(now_ms().saturating_sub(self.ttl.as_millis() as u64));
+        self.connection.execute("DELETE FROM entries WHERE stored_ms < ?1", [oldest])?;
+        self.connection.execute("DELETE FROM erasures WHERE at_ms < ?1", [oldest])?;
+        let aside = aside(&self.file);
+        if fs::metadata(&aside).and_then(|aside| aside.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|age| age > self.ttl)) {
+            let _ = fs::remove_file(aside);
+        }
         // Counted anew: the operator may have emptied the store beside the node.
         let (mut entries, mut bytes) = totals(&self.connection)?;
         if bytes > self.max_bytes {
@@ -320,7 +368,6 @@ impl Shelf {
             Ok(connection) => {
                 self.connection = connection;
                 self.bytes = 0;
-                self.questions.clear();
                 self.metrics.entries.set(0);
                 self.metrics.bytes.set(0);
             }
@@ -388,6 +435,14 @@ fn set_aside(file: &Path, why: &rusqlite::Error) -> Result<(), String> {
     Ok(())
 }
 
+/// Removes what was kept for a tenant, or for all, and notes it for the nodes that share it.
+fn erase(connection: &Connection, tenant: Option<&str>, at_ms: u64) -> rusqlite::Result<usize> {
+    let removed = "DELETE FROM entries WHERE (?1 IS NULL OR tenant = ?1) AND stored_ms <= ?2";
+    let removed = connection.execute(removed, params![tenant, integer(at_ms)])?;
+    connection.execute("INSERT INTO erasures VALUES (?1, ?2)", params![tenant, integer(at_ms)])?;
+    Ok(removed)
+}
+
 fn totals(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
     connection.query_row("SELECT count(*), coalesce(sum(bytes), 0) FROM entries", [], |row| {
         Ok((row.get::<_, i64>(0)? as u64, row.get::<_, i64>(1)? as u64))
@@ -416,9 +471,14 @@ pub struct Stock {
     pub models: Vec<Share>,
 }
 
+/// Removes a file that was set aside: whose answers lie in it cannot be told any more.
+pub fn remove_aside(data_dir: &Path) {
+    // Most often there is none.
+    let _ = fs::remove_file(aside(&path(data_dir)));
+}
+
 /// The store as another process than the node has it.
 pub struct Look {
-    file: PathBuf,
     connection: Connection,
 }
 
@@ -435,7 +495,7 @@ impl Look {
         let connection = Connection::open_with_flags(&file, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
         prepare(&connection, PATIENT)?;
         check_layout(&connection)?;
-        Ok(Some(Look { file, connection }))
+        Ok(Some(Look { connection }))
     }
 
     /// What is kept, counted.
@@ -461,11 +521,16 @@ impl Look {
 
     /// Removes what is kept for one tenant, or for all; says how many answers that were. They are gone from the file when it returns.
     pub fn flush(&self, tenant: Option<&str>) -> rusqlite::Result<usize> {
-        let removed = self.connection.execute("DELETE FROM entries WHERE ?1 IS NULL OR tenant = ?1", [tenant])?;
-        // Whose answers lie in a file that was set aside cannot be told any more.
-        let _ = fs::remove_file(aside(&self.file));
+        // Also what a clock that was ahead has stamped.
+        let latest = "SELECT coalesce(max(stored_ms), 0) FROM entries WHERE ?1 IS NULL OR tenant = ?1";
+        let latest = self.connection.query_row(latest, [tenant], |row| row.get::<_, i64>(0))? as u64;
+        let removed = erase(&self.connection, tenant, latest.max(now_ms()))?;
         // What was written ahead holds old pages too.
-        self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+        let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
+        if busy {
+            let why = format!("{removed} answers are removed, but another program reads the file, so that its bytes are still there");
+            return Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_BUSY), Some(why)));
+        }
         Ok(removed)
     }
 }

@@ -14,7 +14,9 @@ fn node(script: Script) -> Node {
     let folder = tempfile::tempdir().expect("a folder");
     let (scheduler, _) = scheduler(8, [route("a", 1, "m", 1, script)]);
     let config = config::Cache { enabled: true, ..config::Cache::default() };
-    Node { cache: Cache::open(&config, folder.path(), scheduler).expect("it is enabled"), _folder: folder }
+    let (_, routes) = watch::channel(Arc::default());
+    let cache = Cache::open(&config, folder.path(), scheduler, routes).expect("it needs no key").expect("it is enabled");
+    Node { cache, _folder: folder }
 }
 
 /// The text, and where it came from.

@@ -50,7 +50,7 @@ pub struct Question {
     /// In their order, digits and words alike.
     numbers: Vec<String>,
     negated: bool,
-    /// Words that only a program would write, as they are written.
+    /// Words that only a program would write, as they are written; signs between numbers, and pictures.
     code: BTreeSet<String>,
     asks: Asks,
     tense: Tense,
@@ -62,6 +62,8 @@ pub struct Question {
     counts: BTreeSet<(String, String)>,
     /// Everything else that has a meaning of its own, without endings.
     words: BTreeSet<String>,
+    /// The same in their order.
+    order: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +108,9 @@ impl Question {
             directions: BTreeSet::new(),
             counts: BTreeSet::new(),
             words: BTreeSet::new(),
+            order: Vec::new(),
         };
+        let shouted = !text.chars().any(char::is_lowercase);
         let mut direction: Option<&str> = None;
         let mut counted: Option<String> = None;
         for (at, token) in tokens.iter().enumerate() {
@@ -115,6 +119,10 @@ impl Question {
                 // "Is a visa needed?" is about a must, "what is needed for it?" about things.
                 "needed" => asks == Asks::Whether,
                 "best" => lower.get(at + 1) == Some(&"way"),
+                // "IT", "WHO" and "US" are names.
+                word if !shouted && word.len() > 1 && word != "ok" && token.written == word.to_ascii_uppercase() => false,
+                // And the month is one.
+                "may" => at == 0 || around(&lower, at).any(|word| PRONOUNS.contains(&word)),
                 word if at < ASKING_WITHIN && ASKING.contains(&word) => true,
                 word => FILLER.contains(&word) || NEGATIONS.contains(&word) || word.ends_with("n't"),
             };
@@ -140,7 +148,8 @@ impl Question {
                 if let Some(number) = counted.take_if(|_| !["am", "pm"].contains(&word)) {
                     question.counts.insert((number, stem.clone()));
                 }
-                question.words.insert(stem);
+                question.words.insert(stem.clone());
+                question.order.push(stem);
             }
         }
         question
@@ -162,10 +171,28 @@ impl Question {
             (self.tense != other.tense, Veto::Tense),
             (self.modal != other.modal, Veto::Modal),
             (self.words != other.words || self.words.is_empty(), Veto::Word),
-            (turned || self.counts.iter().any(counts_other), Veto::Direction),
+            (turned || self.counts.iter().any(counts_other) || self.is_reverse_of(other), Veto::Direction),
         ];
         found.into_iter().find_map(|(differs, veto)| differs.then_some(veto))
     }
+
+    /// Whether two words have changed places around a third: "did Germany beat Brazil" and "did Brazil beat Germany".
+    fn is_reverse_of(&self, other: &Question) -> bool {
+        let place = |word: &String| other.order.iter().position(|known| known == word);
+        let places: Option<Vec<usize>> = self.order.iter().map(place).collect();
+        let Some(places) = places else { return false };
+        // The greatest before each word, and the least behind it: whether one of those is behind it over there, and one of these before it.
+        (1..places.len().saturating_sub(1)).any(|middle| {
+            let before = places[..middle].iter().any(|place| *place > places[middle]);
+            before && places[middle + 1..].iter().any(|place| *place < places[middle])
+        })
+    }
+}
+
+/// The words beside one.
+fn around<'a>(words: &'a [&'a str], at: usize) -> impl Iterator<Item = &'a str> {
+    let before = at.checked_sub(1).and_then(|before| words.get(before));
+    before.into_iter().chain(words.get(at + 1)).copied()
 }
 
 struct Token {
@@ -183,6 +210,12 @@ fn tokens(word: &str) -> Vec<Token> {
     let marks = bare.contains("::") || bare.contains(['_', '(', '{', '=', '<', '\\', '@', '$']) || word.contains("()");
     let is_code = marks || camel && bare.chars().next().is_some_and(char::is_lowercase) || bare.ends_with(['+', '#']);
     let token = |part: &str, code: bool| Token { written: part.to_owned(), lower: part.to_lowercase(), code };
+    let signs: String = word.chars().filter(|mark| is_sign(*mark, word)).collect();
+    if !signs.is_empty() && !is_code {
+        let mut parts = vec![token(&signs, true)];
+        parts.extend(tokens(&word.replace(|mark: char| is_sign(mark, word), " ")));
+        return parts;
+    }
     if is_code {
         return vec![token(bare, true)];
     }
@@ -197,6 +230,16 @@ fn tokens(word: &str) -> Vec<Token> {
         }
     }
     parts
+}
+
+/// Whether a mark says something by itself: what is calculated, whether a number is below zero, or a picture.
+fn is_sign(mark: char, word: &str) -> bool {
+    match mark {
+        '*' | '/' | '^' | '<' | '>' | '=' | '|' | '&' | '~' | '+' | '-' => {
+            word.contains(|mark: char| mark.is_ascii_digit()) || !word.contains(char::is_alphanumeric)
+        }
+        mark => !mark.is_ascii() && !mark.is_alphanumeric() && !"’‘“”–—…¿¡«»·".contains(mark),
+    }
 }
 
 /// The number that a word is.
@@ -329,7 +372,6 @@ const FILLER: &[&str] = &[
     "would",
     "will",
     "shall",
-    "may",
     "must",
     "might",
     "able",
@@ -398,6 +440,8 @@ const FILLER: &[&str] = &[
     "per",
     "using",
 ];
+
+const PRONOUNS: &[&str] = &["i", "we", "you", "he", "she", "it", "they", "one", "be", "not"];
 
 /// Words that ask for something, as one of the first.
 const ASKING: &[&str] = &[
@@ -478,3 +522,45 @@ const NUMBERS: &[(&str, &str)] = &[
     ("second", "2nd"),
     ("third", "3rd"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn differs(one: &str, other: &str) -> Option<Veto> {
+        Question::new(one).differs(&Question::new(other))
+    }
+
+    #[test]
+    fn what_vectors_do_not_see_is_seen() {
+        let pairs = [
+            ("Did Germany beat Brazil?", "Did Brazil beat Germany?", Veto::Direction),
+            ("Does smoking cause cancer?", "Does cancer cause smoking?", Veto::Direction),
+            ("What is the result of 8 * 2?", "What is the result of 8 / 2?", Veto::Code),
+            ("What is the result of 8 - 2?", "What is the result of 8 2?", Veto::Code),
+            ("What is 8*2?", "What is 8^2?", Veto::Code),
+            ("What is the square root of -4?", "What is the square root of 4?", Veto::Code),
+            ("What is the meaning of the emoji 😀?", "What is the meaning of the emoji 😡?", Veto::Code),
+            ("What is the average temperature in Paris in May?", "What is the average temperature in Paris?", Veto::Word),
+            ("How many states are in the US?", "How many states are in it?", Veto::Word),
+        ];
+        for (one, other, veto) in pairs {
+            assert_eq!(differs(one, other), Some(veto), "{one} | {other}");
+            assert_eq!(differs(other, one), Some(veto), "{other} | {one}");
+        }
+    }
+
+    #[test]
+    fn the_same_in_other_words_is_the_same() {
+        let pairs = [
+            ("What is the capital of Peru?", "Tell me Peru's capital."),
+            ("May I eat raw eggs?", "Can one eat raw eggs?"),
+            ("Is it OK to eat raw eggs?", "is it okay to eat raw eggs"),
+            ("What is the result of 8 * 2?", "What's the result of 8 * 2?"),
+            ("WHAT IS THE CAPITAL OF PERU?", "What is the capital of Peru?"),
+        ];
+        for (one, other) in pairs {
+            assert_eq!(differs(one, other), None, "{one} | {other}");
+        }
+    }
+}

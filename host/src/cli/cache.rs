@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{ConfigArgs, Failure, print, table};
-use crate::cache::store::{Look, Share, Stock};
+use crate::cache::store::{Look, Share, Stock, remove_aside};
 
 /// Shows and removes the answers that are kept to be given again.
 #[derive(Debug, Args)]
@@ -31,6 +31,7 @@ struct Stats {
 /// Removes kept answers, and leaves nothing of them in the file.
 ///
 /// Without --tenant all go. What is being generated meanwhile may be kept again.
+/// Where answers are shared, the running node erases them there, and the other nodes at their next round.
 #[derive(Debug, Args)]
 struct Flush {
     /// Removes those of one tenant only, named as `cache stats` names it.
@@ -80,6 +81,7 @@ fn shares(of: &str, shares: &[Share]) -> String {
 impl Flush {
     fn execute(self, json: bool) -> Result<(), Failure> {
         let tenant = self.tenant.as_deref().map(|name| if name == NOBODY { "" } else { name });
+        remove_aside(&self.config.load()?.config.node.data_dir);
         let removed = match look(&self.config)? {
             Some(look) => look.flush(tenant).map_err(unread)?,
             None => 0,

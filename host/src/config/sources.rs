@@ -153,6 +153,9 @@ impl Sources {
         if let Some(file) = &mut config.keys.password_file {
             resolve("keys.password_file", file);
         }
+        if let Some(file) = &mut config.cache.shared.key_file {
+            resolve("cache.shared.key_file", file);
+        }
         for dir in &mut config.plugins.dirs {
             resolve("plugins.dirs", dir);
         }

@@ -207,6 +207,7 @@ impl Market {
         InferenceRoute {
             plugin: format!("{PEER}{}", known.found.peer),
             generation: known.generation,
+            setup: String::new(),
             models: vec![served],
             inference: known.remote.clone(),
             in_flight: known.in_flight.clone(),

@@ -53,17 +53,26 @@ impl NodeKey {
     /// a folder that is made with mode 0700, and no file is ever replaced: of two nodes that start at the same time in one folder, both
     /// get the key that came first.
     pub fn load_or_create(folder: &Path) -> Result<NodeKey, IdentityError> {
-        let path = folder.join(FILE);
-        match read(&path) {
+        NodeKey::load_or_create_at(&folder.join(FILE))
+    }
+
+    /// The same for a key of another name.
+    pub(super) fn load_or_create_at(path: &Path) -> Result<NodeKey, IdentityError> {
+        match read(path) {
             Err(IdentityError::Unreadable { reason, .. }) if reason.kind() == io::ErrorKind::NotFound => {}
             found => return found,
         }
         let key = NodeKey::ephemeral()?;
-        match key.write(folder, &path) {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        match key.write(folder, path) {
             Ok(()) => Ok(key),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => read(&path),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => read(path),
             Err(reason) => Err(IdentityError::Unwritable { folder: folder.to_owned(), reason }),
         }
+    }
+
+    pub(super) fn from_seed(seed: &[u8; 32]) -> NodeKey {
+        NodeKey(SigningKey::from_bytes(seed))
     }
 
     /// A new key that nobody keeps: for those who come for a while to ask, and for tests.

@@ -88,6 +88,7 @@ pub(crate) fn route(plugin: &str, generation: u64, model: &str, parallel: u32, s
     Arc::new(InferenceRoute {
         plugin: plugin.into(),
         generation,
+        setup: String::new(),
         models: vec![ServedModel { id: model.into(), context: 2048, parallel, digest: Some(format!("digest of {plugin}")) }],
         inference: Arc::new(script),
         in_flight: InFlight::new(None),

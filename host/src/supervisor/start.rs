@@ -206,7 +206,10 @@ impl Shared {
             return Err((failed("P606", format!("plugin `{}` serves nothing: {why}", entry.id)), again));
         }
         let degraded = (!refused.is_empty()).then(|| refused.join("; "));
-        let route = InferenceRoute { plugin: entry.id.clone(), generation, models, inference, in_flight: in_flight.clone() };
+        let settings = serde_json::Value::Object(entry.config.clone()).to_string();
+        let setup = blake3::hash(format!("{} {settings}", artifact.sha256).as_bytes()).to_hex().to_string();
+        let (plugin, in_flight_too) = (entry.id.clone(), in_flight.clone());
+        let route = InferenceRoute { plugin, generation, models, setup, inference, in_flight: in_flight_too };
         Ok((Some(Arc::new(route)), in_flight, generation, degraded))
     }
 }

@@ -29,7 +29,7 @@ use fabstir_plugin_api::prelude::*;
 pub use config::Config;
 pub use plugin::S5;
 
-#[plugin(provides = [Storage], needs = ["net"])]
+#[plugin(provides = [Storage(pointer, pointer_payload, pointer_set)], needs = ["net"])]
 async fn init(host: Host, config: Config) -> Result<S5> {
     S5::open(config, host.state_dir()).await
 }

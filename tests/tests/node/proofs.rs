@@ -30,7 +30,7 @@ fn verifier(chain: &DevChain, place: &Place, statement: &str) -> String {
 }
 
 /// A node that serves the small model and proves, with its contract deployed, and the program that it proves by.
-async fn proving_node(chain: &DevChain, prover: &str, statement: &str) -> (Provider, String) {
+pub async fn proving_node(chain: &DevChain, prover: &str, statement: &str) -> (Provider, String) {
     let place =
         node_place(chain, NODE, "sure_above_wei = 1_000_000_000_000_000_000", &format!("{STORAGE}{prover}{}", tiny_chat()));
     let program = verifier(chain, &place, statement);

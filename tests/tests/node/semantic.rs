@@ -3,25 +3,31 @@
 use std::time::{Duration, Instant};
 
 use fabstir_host::cache::veto::{Question, Veto};
-use fabstir_tests::{Node, chat, repository};
+use fabstir_tests::{LIMIT, Node, chat, eventually, repository};
 use serde_json::{Value, json};
 
-/// Echo, whose answer shows which question it answers, and the model that embeds. `None`, said aloud, where that is not there.
-fn config(semantic: bool) -> Option<String> {
+/// Longer than a vector ever takes: echo's answers could begin before it is made.
+const PATIENT: &str = ", wait_ms = 10000";
+
+/// Echo, whose answer shows which question it answers, the model that embeds, and a place for vectors. `None`, said aloud, where the model is
+/// not there. With the settings of a cache that compares questions, or without a cache.
+fn config(semantic: Option<&str>) -> Option<String> {
     let model = repository().join("models/all-minilm/all-minilm-l6-v2-q8_0.gguf");
     if !model.is_file() {
         eprintln!("SKIPPED: {} is not there; `make embedding-model` makes it", model.display());
         return None;
     }
-    let cache = if semantic { "[cache]\nenabled = true\nsemantic = { model = 'all-minilm', wait_ms = 10000 }\n" } else { "" };
+    let cache = semantic.map(|settings| format!("[cache]\nenabled = true\nsemantic = {{ model = 'all-minilm'{settings} }}\n"));
+    let cache = cache.unwrap_or_default();
     Some(format!(
-        "{cache}[[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolation = 'in-process'\n[[plugin]]\nid = 'llama'\n\
+        "{cache}[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n\
+         [[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolation = 'in-process'\n[[plugin]]\nid = 'llama'\n\
          use = 'inference-llama-cpp'\n[[plugin.config.models]]\nid = 'all-minilm'\npath = '{}'\nthreads = 1\n",
         model.display()
     ))
 }
 
-async fn start(semantic: bool) -> Option<Node> {
+async fn start(semantic: Option<&str>) -> Option<Node> {
     let node = Node::start(&config(semantic)?).await;
     node.serves("all-minilm").await;
     node.serves("echo").await;
@@ -40,12 +46,13 @@ async fn ask(client: &reqwest::Client, node: &Node, body: &Value) -> (String, St
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_question_in_other_words_has_the_same_answer_and_another_question_has_not() {
-    let Some(node) = start(true).await else { return };
+    let Some(node) = start(Some(PATIENT)).await else { return };
     let client = reqwest::Client::new();
     // The first vector takes longer than a request waits for one.
     embed(&node, &["Hello".to_owned()]).await;
     let first = "How do I boil an egg?";
     assert_eq!(ask(&client, &node, &chat("echo", first)).await.1, "miss");
+    placed(&node, 1.0).await;
     let (text, x_cache, _) = ask(&client, &node, &chat("echo", "What's the best way to boil an egg?")).await;
     assert_eq!(text, first, "{x_cache}");
     assert!(x_cache.starts_with("hit; layer=semantic; similarity=0.9"), "{x_cache}");
@@ -67,11 +74,35 @@ async fn a_question_in_other_words_has_the_same_answer_and_another_question_has_
     node.place.ran(&["cache", "flush"]);
     let again = "How can I boil an egg?";
     assert_eq!(ask(&client, &node, &chat("echo", again)).await.0, again, "what was erased is not found under other words");
+    // And so do the vectors: of the first question, and of the three others.
+    let gone = async || (node.metric("fabstir_cache_questions_forgotten_total", &[]).await == Some(4.0)).then_some(());
+    eventually("the vectors are deleted", LIMIT, gone).await;
+}
+
+/// Waits until so many questions of this run can be found in other words.
+async fn placed(node: &Node, questions: f64) {
+    let placed = async || (node.metric("fabstir_cache_questions_total", &[]).await >= Some(questions)).then_some(());
+    eventually("the question can be found", LIMIT, placed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_place_for_vectors_questions_are_not_compared_and_the_log_says_so() {
+    let Some(config) = config(Some(PATIENT)) else { return };
+    let portal = fabstir_tests::portal::Portal::start();
+    let s5 = format!("use = 'storage-s5'\nconfig = {{ portals = [{{ url = '{}' }}] }}", portal.url);
+    let node = Node::start(&config.replace("use = 'storage-disk'", &s5)).await;
+    node.serves("all-minilm").await;
+    node.serves("echo").await;
+    let client = reqwest::Client::new();
+    for question in ["How do I boil an egg?", "How should I boil an egg?"] {
+        assert_eq!(ask(&client, &node, &chat("echo", question)).await.0, question);
+    }
+    node.logged(&["no storage plugin keeps vectors"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_embeds_is_not_asked_to_go_on() {
-    let Some(node) = start(false).await else { return };
+    let Some(node) = start(None).await else { return };
     assert!(node.chat(&chat("all-minilm", "a")).await.refusal(400, "invalid_value").contains("embeds texts"));
     let texts = ["How do I boil an egg?", "What's the best way to boil an egg?", "The moon is far away."];
     let vectors = embed(&node, &texts.map(str::to_owned)).await;
@@ -113,7 +144,7 @@ fn shares(pairs: &[&Pair], takes: impl Fn(&Pair) -> bool) -> (f64, f64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn words_that_change_the_answer_are_seen_where_vectors_do_not_see_them() {
-    let Some(node) = start(false).await else { return };
+    let Some(node) = start(None).await else { return };
     let file = repository().join("models/all-minilm/questions.json");
     let families: Vec<Value> = serde_json::from_slice(&std::fs::read(file).expect("it can be read")).expect("JSON");
     let (mut dev, mut held_out) = (Vec::new(), Vec::new());
@@ -161,8 +192,10 @@ async fn words_that_change_the_answer_are_seen_where_vectors_do_not_see_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn looking_for_other_words_costs_a_miss_milliseconds() {
-    let (Some(plain), Some(node)) = (start(false).await, start(true).await) else { return };
-    let clients = [reqwest::Client::new(), reqwest::Client::new()];
+    let (Some(plain), Some(node), Some(patient)) = (start(None).await, start(Some("")).await, start(Some(PATIENT)).await) else {
+        return;
+    };
+    let clients = [reqwest::Client::new(), reqwest::Client::new(), reqwest::Client::new()];
     let (mut without, mut misses, mut hits) = (Vec::new(), Vec::new(), Vec::new());
     for number in 0..100 {
         let body = chat("echo", &format!("What is the capital of the province number {number}?"));
@@ -170,8 +203,9 @@ async fn looking_for_other_words_costs_a_miss_milliseconds() {
         let (_, x_cache, took) = ask(&clients[1], &node, &body).await;
         assert_eq!(x_cache, "miss");
         misses.push(took);
+        ask(&clients[2], &patient, &body).await;
         let (_, x_cache, took) =
-            ask(&clients[1], &node, &chat("echo", &format!("Which is the capital of the province number {number}?"))).await;
+            ask(&clients[2], &patient, &chat("echo", &format!("Which is the capital of the province number {number}?"))).await;
         if x_cache.contains("semantic") {
             hits.push(took);
         }

@@ -1,0 +1,132 @@
+//! Proofs by EZKL, through the shipped binary. Need its engine: `make ezkl`.
+
+use std::fs;
+use std::path::Path;
+
+use fabstir_tests::dev_chain::DevChain;
+use fabstir_tests::market::{CLIENT, place};
+use fabstir_tests::peers::{NET, Provider};
+use fabstir_tests::{LIMIT, Place, eventually, process, repository};
+use serde_json::{Value, json};
+
+use crate::proofs::proving_node;
+
+const EZKL: &str = "[[plugin]]\nid = 'ezkl'\nuse = 'prover-ezkl'\n";
+const DIGEST: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
+/// Whether the engine is there; said aloud where it is not.
+fn has_engine() -> bool {
+    let variable = |name: &str| std::env::var_os(name).map(std::path::PathBuf::from);
+    let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache"))).unwrap_or_default();
+    let python = cache.join("fabstir-node/ezkl/bin/python3");
+    let found = python.exists();
+    if !found {
+        eprintln!("SKIPPED: {} is not there; `make ezkl` makes it", python.display());
+    }
+    found
+}
+
+fn path(path: &Path) -> String {
+    path.to_str().expect("a path of text").to_owned()
+}
+
+#[test]
+fn an_onnx_model_is_proven_end_to_end_and_no_other_outputs_are() {
+    if !has_engine() {
+        return;
+    }
+    let examples = repository().join("plugins/prover-ezkl/examples");
+    let place = Place::new(&format!(
+        "{EZKL}\n[plugin.config]\nmodels = [{{ name = 'classifier', path = '{}', calibration = '{}' }}]\n",
+        examples.join("classifier.onnx").display(),
+        examples.join("classifier.examples.json").display()
+    ));
+    let rows: Value = serde_json::from_slice(&fs::read(examples.join("classifier.examples.json")).expect("reads")).expect("JSON");
+    let values = path(&place.file("values.json", json!([rows[0]]).to_string()));
+    let (input, output) = (path(&place.file("input", "a row")), path(&place.file("output", "a class")));
+    let file = path(&place.path().join("proof.json"));
+    let about = ["--model", DIGEST, "--input", &input, "--output", &output];
+
+    let without = place.run(&[&["prove", "onnx-model:classifier", "--json"], &about[..]].concat());
+    assert_ne!(without.code, 0, "there are no values to prove anything about");
+
+    place.ran(&[&["prove", "onnx-model:classifier", "--values", &values, "-o", &file], &about[..]].concat());
+    let held = place.ran(&["verify", &file, "--input", &input, "--output", &output]).out;
+    assert!(held.contains("The proof holds.") && held.contains("leaves open"), "{held}");
+
+    let proof: Value = serde_json::from_str(&fs::read_to_string(&file).expect("reads")).expect("JSON");
+    let refused = |what: &str, changed: Value| {
+        fs::write(&file, changed.to_string()).expect("writes");
+        let ran = place.run(&["verify", &file, "--json"]);
+        assert_eq!(ran.code, 1, "{what}: {ran:#?}");
+    };
+    let mut outputs = proof.clone();
+    let claimed = &mut outputs["claim"]["outputs"];
+    assert!(claimed.is_object() || claimed.is_array(), "{proof:#}");
+    change(claimed);
+    refused("other outputs", outputs);
+    let mut cut = proof.clone();
+    let bytes = cut["proof"].as_str().map(str::len);
+    if let Some(length) = bytes {
+        cut["proof"] = json!(&proof["proof"].as_str().expect("a text")[..length / 2]);
+        refused("half a proof", cut);
+    }
+    let mut other = proof.clone();
+    other["about"]["model"] = json!(DIGEST.replace('0', "1"));
+    refused("another model", other);
+}
+
+/// Changes the first number that it finds.
+fn change(value: &mut Value) -> bool {
+    match value {
+        Value::Array(items) => items.iter_mut().any(change),
+        Value::Object(fields) => fields.values_mut().any(change),
+        Value::Number(number) => {
+            *value = json!(number.as_f64().expect("a number") + 1.0);
+            true
+        }
+        _ => false,
+    }
+}
+
+/// The processes in which EZKL runs for a node.
+fn engines(node: &Provider) -> Vec<i32> {
+    let prover = node.node.workers().into_iter().find(|worker| worker.file.contains("prover_ezkl"));
+    prover.map(|worker| process::children(worker.pid)).unwrap_or_default()
+}
+
+async fn proven_though(prover: &str, fault: i32) {
+    if !has_engine() {
+        return;
+    }
+    let chain = DevChain::start().expect("a chain");
+    let (node, program) = proving_node(&chain, prover, "commitment").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let proof = format!("commitment:{program}");
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.1eth", "--temperature", "0", "--proof", &proof];
+    let posted = client.ran(&[&post[..], &["--bootstrap", &node.address, "What is the capital of France?"]].concat()).json();
+    assert_eq!(posted["id"], 1, "{posted:#}");
+    node.node.logged(&["Job submitted."]).await;
+    // Whatever it is at, proving or waiting for work.
+    let hit = engines(&node);
+    assert!(!hit.is_empty(), "no engine runs");
+    hit.iter().for_each(|pid| process::send(*pid, fault));
+    let status = eventually("the contract has the proof", 4 * LIMIT, async || {
+        let status = client.ran(&["job", "status", "1", "--json"]).json();
+        (status["job"]["state"] == "proven").then_some(status)
+    })
+    .await;
+    assert_eq!(status["job"]["proven"], true, "{status:#}");
+    let accepted = client.ran(&["job", "accept", "1", "--json"]).json();
+    assert_ne!(accepted["division"]["to_host"], "0", "{accepted:#}");
+}
+
+#[tokio::test]
+async fn a_job_is_proven_by_ezkl_although_its_engine_is_killed() {
+    proven_though(EZKL, libc::SIGKILL).await;
+}
+
+#[tokio::test]
+async fn a_job_is_proven_by_ezkl_although_its_engine_hangs() {
+    proven_though(&format!("{EZKL}config = {{ prove_timeout_ms = 8000 }}\n"), libc::SIGSTOP).await;
+}
