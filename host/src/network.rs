@@ -237,11 +237,7 @@ impl Network {
             issued_ms,
             expires_ms: issued_ms + RECORD_LIFETIME.as_millis() as u64,
             nonce,
-            models: if self.sessions.is_draining() {
-                Vec::new()
-            } else {
-                self.scheduler.models().into_iter().map(offer).collect()
-            },
+            models: if self.sessions.is_draining() { Vec::new() } else { self.scheduler.generating().map(offer).collect() },
         }
     }
 
@@ -280,7 +276,7 @@ impl Network {
     }
 
     fn topics(&self) -> BTreeSet<Vec<u8>> {
-        let models = self.scheduler.models();
+        let models: Vec<_> = self.scheduler.generating().collect();
         let names = models.iter().map(|model| topics::of_name(&model.id).0);
         let digests = models.iter().filter_map(|model| Some(topics::of_model(model.digest.as_ref()?).0));
         names.chain(digests).collect()

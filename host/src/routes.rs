@@ -79,6 +79,8 @@ pub struct ServedModel {
     pub parallel: u32,
     /// What the plugin says that the model is: its [`Loaded::digest`](fabstir_plugin_api::inference::Loaded::digest).
     pub digest: Option<String>,
+    /// Whether it continues text: one that only embeds is offered to nobody who wants some.
+    pub generates: bool,
 }
 
 /// Counts the calls inside one generation of a plugin, and closes the door behind them when it drains.

@@ -102,6 +102,8 @@ pub struct ServedModelInfo {
     pub parallel: u32,
     /// The digest of the model, as the plugin that is asked first gives it.
     pub digest: Option<String>,
+    /// Whether it continues text, on every route.
+    pub generates: bool,
 }
 
 /// Whether requests can be served.
@@ -162,6 +164,7 @@ impl Scheduler {
                     Some(known) => {
                         known.context = known.context.min(model.context);
                         known.parallel += model.parallel;
+                        known.generates &= model.generates;
                     }
                     None => models.push(ServedModelInfo {
                         id: model.id.clone(),
@@ -169,11 +172,17 @@ impl Scheduler {
                         context: model.context,
                         parallel: model.parallel,
                         digest: model.digest.clone(),
+                        generates: model.generates,
                     }),
                 }
             }
         }
         models
+    }
+
+    /// Those of the models that continue text: what is offered to others, who want nothing else.
+    pub fn generating(&self) -> impl Iterator<Item = ServedModelInfo> + use<> {
+        self.models().into_iter().filter(|model| model.generates)
     }
 
     /// How many more generations of a model would begin at once.

@@ -42,7 +42,8 @@ pub trait Inference: Send + Sync {
     /// # Errors
     /// `NotFound` when the model is not loaded. `Overloaded` when no slot is free: the scheduler asks again after `retry_after`.
     /// `TooLong` when the prompt and `max_tokens` exceed the context: the client is told, nobody retries.
-    /// `InvalidArgument` for a sampling value, grammar or schema that cannot be honoured: nothing is ever ignored.
+    /// `InvalidArgument` for a sampling value, grammar or schema that cannot be honoured: nothing is ever ignored; and on a model that does
+    /// not generate.
     async fn generate(&self, cx: &Cx, request: Generation) -> Result<Stream<Chunk>>;
 
     /// Turns texts into vectors, one per input and in the same order.
@@ -103,6 +104,17 @@ pub struct Loaded {
     /// text in UTF-8. A model without a template ends with the length 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+    /// Whether `generate` works on it. False for a model that only embeds: it is offered to nobody who wants text. Left out, it is true.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub generates: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(generates: &bool) -> bool {
+    *generates
 }
 
 /// One request for text.

@@ -97,7 +97,7 @@ mod tests {
 
     fn model(digest: Option<&str>) -> ServedModelInfo {
         let digest = digest.map(str::to_owned);
-        ServedModelInfo { id: "m".into(), plugin: "p".into(), context: 100, parallel: 1, digest }
+        ServedModelInfo { id: "m".into(), plugin: "p".into(), context: 100, parallel: 1, digest, generates: true }
     }
 
     fn key(model: &ServedModelInfo, request: &Generation) -> Key {

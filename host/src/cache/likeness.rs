@@ -48,7 +48,8 @@ mod tests {
 
     #[test]
     fn only_the_single_question_of_a_conversation_is_compared() {
-        let model = ServedModelInfo { id: "m".into(), plugin: "p".into(), context: 9, parallel: 1, digest: None };
+        let model =
+            ServedModelInfo { id: "m".into(), plugin: "p".into(), context: 9, parallel: 1, digest: None, generates: true };
         let identity = Identity::new(None, "p", "m", &crate::routes::Routes::default());
         let of = |turns: &[(&str, &str)]| {
             let turns =

@@ -1,5 +1,6 @@
 //! `fabstir-node storage`: blobs in a storage plugin of the configuration.
 
+mod deleting;
 mod fetching;
 
 use std::io::{Read, Write};
@@ -22,7 +23,7 @@ use crate::config::Config;
 use crate::sealed::{self, Key};
 use crate::supervisor::{Alone, AloneError};
 
-/// Puts files into a storage plugin, gets them back, lists and checks them.
+/// Puts files into a storage plugin, gets them back, lists, checks and deletes them.
 ///
 /// What is stored is a blob. Its id is the BLAKE3 hash of its bytes, so whoever has the id can check what comes back. The commands start
 /// the plugin for themselves, whether a node runs or not.
@@ -36,14 +37,15 @@ pub struct Storage {
 enum Action {
     /// Stores a file and prints its id.
     ///
-    /// A plugin that sends it elsewhere in parts goes on where it was interrupted when the same file is put again.
+    /// A plugin that sends it elsewhere in parts goes on where it was interrupted when the same file is put again. What is stored already is read
+    /// back instead, and repaired where it is damaged.
     Put {
         /// The file.
         file: PathBuf,
         /// Encrypts the file before it leaves this program, and prints the key.
         ///
-        /// The key is new, printed once, and kept nowhere: without it nobody can read the file again. The cipher is XChaCha20-Poly1305 over
-        /// chunks of 256 KiB, as in S5.
+        /// The key is new, printed once, and kept nowhere: without it nobody can read the file again. Since it is new each time, so is what is
+        /// sent: a put that was interrupted begins anew. The cipher is XChaCha20-Poly1305 over chunks of 256 KiB, as in S5.
         #[arg(long)]
         private: bool,
         #[command(flatten)]
@@ -52,7 +54,8 @@ enum Action {
     /// Fetches a blob by its id.
     ///
     /// Into a file it comes by way of FILE.part, from which the same command goes on after an interruption; FILE is there once all of it
-    /// has the id. To standard output it comes as it is read: look at the exit code before you act on it.
+    /// has the id. storage-s5 fetches a blob that it has neither put nor read before whole before it gives its first byte: an interruption
+    /// before that begins anew. To standard output it comes as it is read: look at the exit code before you act on it.
     Get {
         /// The id that `put` printed: 64 hexadecimal digits.
         id: String,
@@ -81,6 +84,23 @@ enum Action {
         #[command(flatten)]
         shared: Shared,
     },
+    /// Deletes blobs.
+    ///
+    /// Every enabled storage plugin of the configuration is asked to delete them, or the one that is named. Copies that others have made
+    /// elsewhere stay.
+    Rm {
+        /// The blobs.
+        #[arg(value_name = "ID", required = true)]
+        ids: Vec<String>,
+        /// In this plugin of the configuration only, by its id.
+        #[arg(long, value_name = "ID")]
+        plugin: Option<String>,
+        /// What is logged, to standard error.
+        #[arg(long, value_name = "FILTER", default_value = "warn")]
+        log: String,
+        #[command(flatten)]
+        config: ConfigArgs,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -106,6 +126,7 @@ impl Storage {
         match self.action {
             Action::Put { file, private, shared } => shared.with(json, async |storage| put(storage, file, private, json).await),
             Action::Get { id, output, key, key_file, shared } => {
+                well_formed(&id)?;
                 let key = match key_file {
                     None => key,
                     Some(file) => Some(read_key(&file)?),
@@ -125,6 +146,12 @@ impl Storage {
             }
             Action::Ls { shared } => shared.with(json, async |storage| list(storage, json).await),
             Action::Verify { ids, shared } => shared.with(json, async |storage| verify(storage, ids, json).await),
+            Action::Rm { ids, plugin, log, config } => {
+                ids.iter().try_for_each(|id| well_formed(id))?;
+                let config = config.load()?.config;
+                log::start(&log, json)?;
+                on_threads(deleting::everywhere(config, plugin, &ids, json))
+            }
         }
     }
 }
@@ -135,14 +162,7 @@ impl Shared {
         let mut config: Config = self.config.load()?.config;
         log::start(&self.log, json)?;
         if let Some(id) = &self.plugin {
-            config.plugin.retain(|entry| entry.id == *id);
-            if config.plugin.is_empty() {
-                return Err(Failure::new(
-                    Failure::CONFIG,
-                    "no_storage",
-                    format!("no plugin of the configuration is called `{id}`"),
-                ));
-            }
+            only(&mut config, id)?;
         }
         on_threads(async {
             let plugin = Alone::start(config, |routes| &routes.storage).await.map_err(not_started)?;
@@ -150,6 +170,27 @@ impl Shared {
             plugin.end().await;
             done
         })
+    }
+}
+
+/// Leaves this plugin alone in the configuration.
+fn only(config: &mut Config, id: &str) -> Result<(), Failure> {
+    config.plugin.retain(|entry| entry.id == id);
+    match config.plugin.is_empty() {
+        false => Ok(()),
+        true => Err(Failure::new(Failure::CONFIG, "no_storage", format!("no plugin of the configuration is called `{id}`"))),
+    }
+}
+
+/// Refuses what is no id before anything is done with it.
+fn well_formed(id: &str) -> Result<(), Failure> {
+    match id.len() == 64 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+        true => Ok(()),
+        false => Err(Failure::new(
+            Failure::FAILED,
+            "invalid",
+            format!("`{id}` is no id of a blob: one has 64 digits, 0 to 9 and a to f"),
+        )),
     }
 }
 
@@ -300,6 +341,9 @@ async fn whole(storage: &Arc<dyn Kind>, id: &str) -> Result<u64, PluginError> {
     }
     match hasher.finalize().to_hex().as_str() == id {
         true => Ok(size),
-        false => Err(PluginError::new(Code::Corrupt, "its bytes have another hash: put it again to repair it, or delete it")),
+        false => Err(PluginError::new(
+            Code::Corrupt,
+            "its bytes have another hash: put it again to repair it, or delete it with `storage rm`",
+        )),
     }
 }

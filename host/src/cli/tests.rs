@@ -72,6 +72,7 @@ fn every_command_takes_json() {
         "storage get x",
         "storage ls",
         "storage verify",
+        "storage rm x",
         "cache stats",
         "cache flush",
         "keys new x",

@@ -203,7 +203,8 @@ impl Market {
 
     fn route(&self, known: &Known) -> InferenceRoute {
         let Offer { context, slots, digest, .. } = known.remote.offer.read().clone();
-        let served = ServedModel { id: self.wanted.to_string(), context, parallel: slots.clamp(1, MOST_SLOTS), digest };
+        let parallel = slots.clamp(1, MOST_SLOTS);
+        let served = ServedModel { id: self.wanted.to_string(), context, parallel, digest, generates: true };
         InferenceRoute {
             plugin: format!("{PEER}{}", known.found.peer),
             generation: known.generation,

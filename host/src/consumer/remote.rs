@@ -49,7 +49,7 @@ impl Inference for Remote {
 
     async fn load(&self, _: &Cx, model: String) -> Result<Loaded> {
         let Offer { context, slots, digest, .. } = self.known(&model)?;
-        Ok(Loaded { model, context, parallel: slots, memory: None, load_ms: 0, digest })
+        Ok(Loaded { model, context, parallel: slots, memory: None, load_ms: 0, digest, generates: true })
     }
 
     /// What a node keeps loaded is its own affair.

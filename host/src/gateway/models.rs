@@ -28,7 +28,7 @@ pub(super) async fn one(State(edge): State<Arc<Edge>>, Path(id): Path<String>) -
     }
 }
 
-/// `max_model_len` is vLLM's name for the context.
+/// `max_model_len` is vLLM's name for the context. `generates` is ours: false for a model that only embeds.
 fn describe(edge: &Edge, model: &ServedModelInfo) -> Value {
     json!({
         "id": model.id,
@@ -36,5 +36,6 @@ fn describe(edge: &Edge, model: &ServedModelInfo) -> Value {
         "created": edge.started,
         "owned_by": model.plugin,
         "max_model_len": model.context,
+        "generates": model.generates,
     })
 }

@@ -334,7 +334,7 @@ async fn models_are_listed_and_found_with_slashes() {
     assert_eq!(ids, ["org/m", "n"]);
     for path in ["/v1/models/org/m", "/v1/models/org%2Fm"] {
         let one: Value = node.get(path).await.json().await.expect("JSON");
-        assert_eq!((&one["object"], &one["owned_by"]), (&json!("model"), &json!("a")));
+        assert_eq!((&one["object"], &one["owned_by"], &one["generates"]), (&json!("model"), &json!("a"), &json!(true)));
     }
 }
 

@@ -89,7 +89,13 @@ pub(crate) fn route(plugin: &str, generation: u64, model: &str, parallel: u32, s
         plugin: plugin.into(),
         generation,
         setup: String::new(),
-        models: vec![ServedModel { id: model.into(), context: 2048, parallel, digest: Some(format!("digest of {plugin}")) }],
+        models: vec![ServedModel {
+            id: model.into(),
+            context: 2048,
+            parallel,
+            digest: Some(format!("digest of {plugin}")),
+            generates: true,
+        }],
         inference: Arc::new(script),
         in_flight: InFlight::new(None),
     })
@@ -387,6 +393,6 @@ async fn an_undeclared_method_is_told() {
 async fn routes_to_one_model_are_one_model() {
     let (scheduler, _routes) = scheduler(4, [route("a", 1, "m", 4, Script::default()), route("b", 1, "m", 2, Script::default())]);
     let digest = Some("digest of a".into());
-    let model = ServedModelInfo { id: "m".into(), plugin: "a".into(), context: 2048, parallel: 6, digest };
+    let model = ServedModelInfo { id: "m".into(), plugin: "a".into(), context: 2048, parallel: 6, digest, generates: true };
     assert_eq!(scheduler.models(), [model]);
 }

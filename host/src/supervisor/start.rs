@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use fabstir_plugin_api::chain::Chain;
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
-use fabstir_plugin_api::inference::Inference;
+use fabstir_plugin_api::inference::{Inference, Loaded};
 use fabstir_plugin_api::interface::Interface;
 use fabstir_plugin_api::manifest::Manifest;
 use fabstir_plugin_api::plugin::{Configure, Health};
@@ -190,7 +190,8 @@ impl Shared {
             match loaded {
                 Ok(loaded) => {
                     let parallel = loaded.parallel.max(1);
-                    models.push(ServedModel { id: model.id, context: loaded.context, parallel, digest: loaded.digest })
+                    let Loaded { context, digest, generates, .. } = loaded;
+                    models.push(ServedModel { id: model.id, context, parallel, digest, generates })
                 }
                 // Nothing else can be asked of it in time either.
                 Err(error) if error.code == Code::DeadlineExceeded => return Err((hung(entry), true)),

@@ -32,7 +32,8 @@ impl Lifecycle for Echo {}
 #[plugin(provides = [Inference])]
 async fn init(_: Host, config: Config) -> Result<Echo> {
     let (parallel, context) = (config.parallel.unwrap_or(64).into(), config.context.unwrap_or(4096));
-    let loaded = Loaded { model: "echo".into(), context, parallel, memory: None, load_ms: 0, digest: Some(DIGEST.into()) };
+    let digest = Some(DIGEST.into());
+    let loaded = Loaded { model: "echo".into(), context, parallel, memory: None, load_ms: 0, digest, generates: true };
     let delay = Duration::from_millis(config.delay_ms.unwrap_or(0));
     Ok(Echo { loaded, delay, slots: Arc::new(Semaphore::new(parallel as usize)) })
 }

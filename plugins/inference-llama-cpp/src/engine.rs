@@ -271,6 +271,11 @@ impl Engine {
         self.info
     }
 
+    /// Whether the model continues text: one that does not only embeds.
+    pub fn generates(&self) -> bool {
+        self.model.is_causal()
+    }
+
     /// Whether the engine takes requests. It stops doing so when it is closed, or when a fault ended its thread.
     pub fn is_open(&self) -> bool {
         self.shared.commands().is_some()

@@ -122,6 +122,7 @@ impl Entry {
             memory: info.memory,
             load_ms: info.load_time.as_millis() as u64,
             digest: Some(ready.digest.to_string()),
+            generates: ready.engine.generates(),
         }
     }
 }

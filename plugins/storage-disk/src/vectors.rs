@@ -2,8 +2,8 @@
 //!
 //! `truth` is a database file with every row, durable before a put returns. `index` is an approximate index of a namespace's
 //! directions in memory, `snapshot` its copy in a file, `space` what keeps the two beside the rows, `keeper` all that is open. An
-//! index says only where to look: what is given comes from the rows, with the exact cosine, so that an index which is late, lost or
-//! not there yet can cost time and never gives a wrong answer.
+//! index says only where to look: what is given comes from the rows, with the exact cosine, and rows that are newer than the index are all
+//! looked at, so that an index which is late, lost or not there yet can cost time and never gives a wrong answer.
 
 mod direction;
 mod error;
@@ -26,6 +26,7 @@ pub use error::{Result, VectorError};
 use crate::store::free;
 use direction::{Candidate, Direction, Nearest};
 use keeper::Keeper;
+use space::{SMALLEST, Search};
 use truth::{Namespace, Reading, Row};
 
 /// Bytes that a namespace's name and a key may have.
@@ -126,12 +127,16 @@ impl Vectors {
                 return Err(VectorError::Dimension { expected: found.dimensions, actual: length });
             }
             let limit = query.limit as usize;
+            // A namespace that was large may have an index, and is searched without.
+            let is_large = found.rows >= SMALLEST;
             // A few more than are wanted: in 16-bit numbers, and with rows that are gone by now, the order may be a little off.
-            let rows = keeper.space(namespace, &found).search(&direction, limit + limit / 4 + 8);
+            let wanted = limit + limit / 4 + 8;
+            let search =
+                is_large.then(|| keeper.space(namespace, &found).search(&direction, wanted)).flatten().unwrap_or_default();
             let reading = keeper.truth().read()?;
             // It may have ended, and begun anew, since.
             let Some(now) = reading.namespace(namespace)?.filter(|now| now.number == found.number) else { return Ok(Vec::new()) };
-            let nearest = rank(&reading, &now, &direction, rows, Nearest::new(limit, at_least), still_wanted)?;
+            let nearest = rank(&reading, &now, &direction, search, Nearest::new(limit, at_least), still_wanted)?;
             let mut near = Vec::with_capacity(nearest.len());
             for Candidate { cosine, row } in nearest {
                 reading.rows(&now, [row], |_, stored| {
@@ -195,29 +200,26 @@ impl Vectors {
     }
 }
 
-/// The nearest of some rows, or of all.
+/// The nearest of the rows that are to be looked at.
 fn rank(
     reading: &Reading,
     namespace: &Namespace,
     direction: &Direction,
-    rows: Option<Vec<u64>>,
+    search: Search,
     mut nearest: Nearest,
     still_wanted: &dyn Fn() -> bool,
 ) -> Result<Vec<Candidate>> {
-    if let Some(rows) = rows {
-        let offer = |row, stored: truth::Stored<'_>| nearest.offer(Candidate { cosine: direction.cosine(stored.numbers), row });
-        reading.rows(namespace, rows, offer)?;
-    } else {
-        let mut looked = 0;
-        reading.scan(namespace, 0..u64::MAX, |row, stored| {
-            nearest.offer(Candidate { cosine: direction.cosine(stored.numbers), row });
-            looked += 1;
-            match looked % ROWS_PER_LOOK == 0 && !still_wanted() {
-                true => Err(VectorError::Cancelled),
-                false => Ok(true),
-            }
-        })?;
-    }
+    let offer = |row, stored: truth::Stored<'_>| nearest.offer(Candidate { cosine: direction.cosine(stored.numbers), row });
+    reading.rows(namespace, search.rows, offer)?;
+    let mut looked = 0;
+    reading.scan(namespace, search.from..u64::MAX, |row, stored| {
+        nearest.offer(Candidate { cosine: direction.cosine(stored.numbers), row });
+        looked += 1;
+        match looked % ROWS_PER_LOOK == 0 && !still_wanted() {
+            true => Err(VectorError::Cancelled),
+            false => Ok(true),
+        }
+    })?;
     Ok(nearest.into_sorted())
 }
 

@@ -29,7 +29,8 @@ pub struct Config {
     /// Default: `30000`. Example: `5000`.
     #[serde(default = "timeout_ms")]
     pub timeout_ms: u64,
-    /// The most bytes of disk that blobs may take on their way to and from portals. Default: no limit but the disk. Example: `10737418240` (10 GiB).
+    /// The most bytes of disk that blobs may take on their way to and from portals. Default: no limit but that 1 GiB, or a tenth of a smaller disk,
+    /// stays free. Example: `10737418240` (10 GiB).
     #[serde(default)]
     pub spool_max_bytes: Option<u64>,
 }

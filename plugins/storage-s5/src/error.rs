@@ -29,10 +29,14 @@ pub enum S5Error {
     #[error("the range starts at byte {offset}, the blob has {size}")]
     PastTheEnd { offset: u64, size: u64 },
     /// No portal has sent the right bytes, and one has sent wrong ones.
-    #[error("blob {id} cannot be read: {why}: put it again to keep it on another portal, or delete it")]
+    #[error("blob {id} cannot be read: {why}: put it again to repair it or to keep it on another portal, or delete it")]
     Corrupt { id: Id, why: String },
-    #[error("the disk is full: {needed} bytes or more would have to wait in {}: free some space", dir.display())]
-    DiskFull { needed: u64, dir: PathBuf },
+    #[error(
+        "the disk is full: {needed} bytes or more would have to wait in {}, {free} are free there, and 1 GiB or a tenth of the disk stays so: \
+         free some space",
+        dir.display()
+    )]
+    DiskFull { needed: u64, free: u64, dir: PathBuf },
     #[error(
         "{needed} bytes or more would have to wait on the disk, {used} of `spool_max_bytes` {max} are in use: try again, or raise it"
     )]

@@ -12,6 +12,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -43,14 +44,23 @@ struct Head {
 
 const BLOBS: &str = "blobs";
 const TREES: &str = "trees";
+const UPLOADS: &str = "uploads";
+
+/// How long it is remembered where an upload goes on. Portals forget unfinished ones much sooner.
+const UPLOAD_LASTS: Duration = Duration::from_secs(30 * 24 * 3600);
 
 impl Ledger {
     pub fn open(root: &Path) -> Result<Self, S5Error> {
-        for folder in [BLOBS, TREES, "uploads"] {
+        for folder in [BLOBS, TREES, UPLOADS] {
             let folder = root.join(folder);
             fs::create_dir_all(&folder).map_err(S5Error::io("make the folder", &folder))?;
         }
-        Ok(Self { root: root.to_owned() })
+        let ledger = Self { root: root.to_owned() };
+        ledger.forget_uploads(|file| {
+            let changed = fs::metadata(file).and_then(|file| file.modified()).ok();
+            changed.and_then(|changed| changed.elapsed().ok()).is_some_and(|age| age > UPLOAD_LASTS)
+        })?;
+        Ok(ledger)
     }
 
     /// A blob that was put.
@@ -77,8 +87,9 @@ impl Ledger {
         write(&Kept { tree, portals: Vec::new() }, &path)
     }
 
-    /// Forgets a blob and says whether it was put here.
+    /// Forgets all of a blob, and says whether it was put here.
     pub fn forget(&self, id: Id) -> Result<bool, S5Error> {
+        self.forget_uploads_of(id)?;
         remove(&self.path(TREES, id))?;
         remove(&self.path(BLOBS, id))
     }
@@ -118,9 +129,21 @@ impl Ledger {
         }
     }
 
+    /// Forgets where uploads of a blob go on, to any portal.
+    pub fn forget_uploads_of(&self, id: Id) -> Result<(), S5Error> {
+        let prefix = format!("{id}-");
+        self.forget_uploads(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)))
+    }
+
+    fn forget_uploads(&self, is_meant: impl Fn(&Path) -> bool) -> Result<(), S5Error> {
+        let folder = self.root.join(UPLOADS);
+        let files = names(&folder)?.into_iter().map(|name| folder.join(name));
+        files.filter(|file| is_meant(file)).try_for_each(|file| remove(&file).map(|_| ()))
+    }
+
     fn upload_path(&self, id: Id, portal: &str) -> PathBuf {
         let portal = blake3::hash(portal.as_bytes()).to_hex();
-        self.root.join("uploads").join(format!("{id}-{}", &portal[..16]))
+        self.root.join(UPLOADS).join(format!("{id}-{}", &portal[..16]))
     }
 
     fn path(&self, folder: &str, id: Id) -> PathBuf {
@@ -238,5 +261,22 @@ mod tests {
         assert_eq!(ledger.upload(id, "http://b/").unwrap(), None);
         ledger.set_upload(id, "http://a/", None).unwrap();
         assert_eq!(ledger.upload(id, "http://a/").unwrap(), None);
+    }
+
+    #[test]
+    fn upload_that_nobody_goes_on_with_is_forgotten_in_the_end_or_with_its_blob() {
+        let root = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(root.path()).unwrap();
+        let (old, new) = (tree(1).id(), tree(2).id());
+        for id in [old, new] {
+            ledger.set_upload(id, "http://a/", Some("http://a/tus/1")).unwrap();
+        }
+        let file = fs::File::options().write(true).open(ledger.upload_path(old, "http://a/")).unwrap();
+        file.set_modified(std::time::SystemTime::now() - UPLOAD_LASTS - Duration::from_secs(60)).unwrap();
+        let ledger = Ledger::open(root.path()).unwrap();
+        let is_known = |id| ledger.upload(id, "http://a/").unwrap().is_some();
+        assert_eq!((is_known(old), is_known(new)), (false, true));
+        ledger.forget(new).unwrap();
+        assert!(!is_known(new));
     }
 }

@@ -25,7 +25,7 @@ use crate::spool::Spooled;
 use crate::tree::GROUP;
 
 pub use fault::Fault;
-pub use tus::UploadError;
+pub use tus::{Stored, UploadError};
 
 /// The longest JSON that a portal may answer with, and the most of its words that an error repeats.
 const LONGEST_ANSWER: usize = 64 << 10;

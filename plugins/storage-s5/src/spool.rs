@@ -2,8 +2,10 @@
 //!
 //! A file of the spool has no name. Whatever ends the process, the disk is free again.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +22,10 @@ use crate::tree::{Growing, Tree};
 
 /// Bytes that are read from a file at once.
 const PIECE: u64 = 256 << 10;
+
+/// What stays free on the disk for others: this much, or a tenth of a smaller disk. A portal that sends without end must not stop the node, which
+/// has its journal there.
+const STAYS_FREE: u64 = 1 << 30;
 
 /// Pieces that wait for the disk.
 const WAITING: usize = 4;
@@ -90,10 +96,40 @@ impl Spool {
 
     fn failed(&self, needed: u64, error: io::Error) -> S5Error {
         match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => S5Error::DiskFull { needed, dir: self.dir.clone() },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                S5Error::DiskFull { needed, free: room(&self.dir).map_or(0, |room| room.free), dir: self.dir.clone() }
+            }
             _ => S5Error::io("write in", &self.dir)(error),
         }
     }
+}
+
+/// What a disk has, in bytes.
+struct DiskRoom {
+    free: u64,
+    all: u64,
+}
+
+impl DiskRoom {
+    /// What blobs may take of it.
+    fn for_blobs(&self) -> u64 {
+        self.free.saturating_sub(STAYS_FREE.min(self.all / 10))
+    }
+}
+
+/// The disk of a folder; `None` where it does not tell.
+fn room(folder: &Path) -> Option<DiskRoom> {
+    let path = CString::new(folder.as_os_str().as_bytes()).ok()?;
+    let mut disk = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends with NUL, and `statvfs` fills the structure before it returns 0.
+    let disk = unsafe {
+        if libc::statvfs(path.as_ptr(), disk.as_mut_ptr()) != 0 {
+            return None;
+        }
+        disk.assume_init()
+    };
+    let bytes = |blocks: libc::fsblkcnt_t| blocks.saturating_mul(disk.f_frsize);
+    Some(DiskRoom { free: bytes(disk.f_bavail), all: bytes(disk.f_blocks) })
 }
 
 impl Room {
@@ -101,6 +137,10 @@ impl Room {
         let mut used = self.spool.used.lock();
         if let Some(max) = self.spool.max.filter(|&max| used.saturating_add(bytes) > max) {
             return Err(S5Error::SpoolFull { needed: self.bytes.saturating_add(bytes), used: *used - self.bytes, max });
+        }
+        if let Some(disk) = room(&self.spool.dir).filter(|disk| disk.for_blobs() < bytes) {
+            let needed = self.bytes.saturating_add(bytes);
+            return Err(S5Error::DiskFull { needed, free: disk.free, dir: self.spool.dir.clone() });
         }
         *used = used.saturating_add(bytes);
         self.bytes = self.bytes.saturating_add(bytes);
@@ -202,6 +242,19 @@ mod tests {
         assert_eq!(*spool.used.lock(), 0);
         let ahead = put(&spool, &[], Some(u64::MAX)).await.unwrap_err();
         assert!(matches!(ahead, S5Error::SpoolFull { .. }), "a size that cannot fit is refused before the first byte: {ahead}");
+    }
+
+    #[tokio::test]
+    async fn disk_is_not_filled_to_its_end() {
+        const GIB: u64 = 1 << 30;
+        let disk = |free, all| DiskRoom { free, all }.for_blobs();
+        assert_eq!((disk(300 * GIB, 1000 * GIB), disk(GIB, 1000 * GIB)), (299 * GIB, 0));
+        assert_eq!((disk(1000, 1000), disk(101, 1000), disk(50, 1000)), (900, 1, 0));
+
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path().into(), None).unwrap();
+        let full = put(&spool, &[b"a"], Some(1 << 60)).await.unwrap_err();
+        assert!(matches!(full, S5Error::DiskFull { needed, .. } if needed == 1 << 60), "also without a limit of its own: {full}");
     }
 
     #[tokio::test]

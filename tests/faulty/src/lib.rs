@@ -33,6 +33,8 @@ struct Config {
     model: Option<String>,
     /// What it says that the model is: 64 hexadecimal digits. Default: nothing.
     digest: Option<String>,
+    /// Whether it says that it continues text. Default true.
+    generates: Option<bool>,
     /// Pause before each word, in milliseconds. Default 0.
     delay_ms: Option<u64>,
     /// Generations that run at the same time. Default 64.
@@ -61,8 +63,15 @@ async fn init(_: Host, config: Config) -> Result<Faulty> {
     }
     let parallel = config.parallel.unwrap_or(64).into();
     let model = config.model.unwrap_or_else(|| "faulty".into());
-    let loaded =
-        Loaded { model, context: 65_536, parallel, memory: None, load_ms: config.load_ms.unwrap_or(0), digest: config.digest };
+    let loaded = Loaded {
+        model,
+        context: 65_536,
+        parallel,
+        memory: None,
+        load_ms: config.load_ms.unwrap_or(0),
+        digest: config.digest,
+        generates: config.generates.unwrap_or(true),
+    };
     let delay = Duration::from_millis(config.delay_ms.unwrap_or(0));
     Ok(Faulty { loaded, delay, load: config.load, slots: Arc::new(Semaphore::new(parallel as usize)) })
 }

@@ -205,6 +205,27 @@ async fn jobs_that_are_not_worth_taking_are_left_and_why_tells_the_cause_of_each
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_only_embeds_is_not_sold() {
+    let chain = DevChain::start().expect("a chain");
+    let clients = Clients::of(&chain);
+    let digest = "e0".repeat(32);
+    let embeds = format!(
+        "{}[[plugin]]\nid = 'embeds'\nuse = 'inference-faulty'\n\
+         config = {{ model = 'embeds', digest = '{digest}', generates = false }}\n",
+        entries()
+    );
+    let provider = node(&chain, NODE, "", &embeds).await;
+    provider.node.serves("embeds").await;
+    provider.node.serves("faulty").await;
+    let for_it = clients.post(CLIENT, &Job::of(&digest, "hello")).await;
+    is_noted(&provider.node.place, for_it, "declined").await;
+    let taken = clients.post(CLIENT, &job("hello")).await;
+    is_in(&clients, taken, DELIVERED).await;
+    assert_eq!(noted(&provider.node.place, for_it)["cause"], "model", "it is as if it were not served");
+    assert_eq!(clients.job(for_it).await.state, OPEN);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_killed_after_its_claim_and_after_its_result_finishes_the_job_once() {
     let chain = DevChain::start().expect("a chain");
     let clients = Clients::of(&chain);

@@ -43,6 +43,28 @@ async fn a_stranger_finds_the_node_and_gets_an_answer_from_the_real_model() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_only_embeds_is_not_offered_to_others() {
+    let embeds = "[[plugin]]\nid = 'embeds'\nuse = 'inference-faulty'\nconfig = { model = 'embeds', generates = false }\n";
+    let provider = Provider::start(&format!("{embeds}{ECHO}")).await;
+    provider.node.serves("embeds").await;
+    provider.node.serves("echo").await;
+    let listed = provider.node.get("/v1/models").await;
+    let says = |id: &str| {
+        let model = listed.body["data"].as_array().expect("a list").iter().find(|model| model["id"] == id);
+        model.expect("it is listed")["generates"].as_bool()
+    };
+    assert_eq!((says("echo"), says("embeds")), (Some(true), Some(false)), "its own clients are told");
+
+    let stranger = Place::new(NET);
+    let find = |model: &[&str]| stranger.run(&[&["find"], model, &["--json", "--bootstrap", &provider.address]].concat());
+    let found = find(&["echo"]).json();
+    let names: Vec<_> = found["nodes"][0]["models"].as_array().expect("a list").iter().map(|model| &model["name"]).collect();
+    assert_eq!(names, ["echo"], "{found:#}");
+    let nobody = find(&["embeds"]);
+    assert!(!nobody.out.contains("\"name\""), "{nobody:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn any_client_of_the_local_port_is_served_by_the_network() {
     let provider = Provider::start(&slow_echo(0)).await;
     let local = connect("echo", &[&provider.address]).await;

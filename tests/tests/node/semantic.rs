@@ -104,6 +104,7 @@ async fn without_a_place_for_vectors_questions_are_not_compared_and_the_log_says
 async fn a_model_that_embeds_is_not_asked_to_go_on() {
     let Some(node) = start(None).await else { return };
     assert!(node.chat(&chat("all-minilm", "a")).await.refusal(400, "invalid_value").contains("embeds texts"));
+    assert_eq!(node.get("/v1/models/all-minilm").await.body["generates"], false);
     let texts = ["How do I boil an egg?", "What's the best way to boil an egg?", "The moon is far away."];
     let vectors = embed(&node, &texts.map(str::to_owned)).await;
     assert!(cosine(&vectors[0], &vectors[1]) > 0.85 && cosine(&vectors[0], &vectors[2]) < 0.3);

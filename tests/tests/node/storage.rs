@@ -136,6 +136,53 @@ fn each_failure_names_its_cause() {
     assert!(refusal(away, 4, "unreachable").contains("127.0.0.1"));
 }
 
+#[test]
+fn blob_is_deleted_wherever_it_is_and_the_command_says_where_that_was() {
+    let portal = Portal::start();
+    let place = Place::new(&config(&[&portal]).replace("enabled = false", "enabled = true"));
+    let (_, id) = file(&place, "in", 3 * MIB);
+    for plugin in ["disk", "s5"] {
+        place.ran(&["storage", "put", "in", "--plugin", plugin]);
+    }
+    place.file("word", "a word");
+    let word = place.ran(&["storage", "put", "word", "--plugin", "s5"]).out.trim().to_owned();
+    let deleted = place.ran(&["storage", "rm", &id]).out;
+    assert!(deleted.contains(&format!("deleted  {id}  disk")) && deleted.contains(&format!("deleted  {id}  s5")), "{deleted}");
+    assert!(!portal.blob(&id).exists() && portal.blob(&word).exists());
+    let again = place.run(&["storage", "rm", &id, &word, "--json"]);
+    assert_eq!(again.code, 1, "{again:#?}");
+    let is_deleted = |blob: &str, plugin: &str| {
+        let outcomes = again.json();
+        let told = outcomes.as_array().expect("a list").iter().find(|told| told["id"] == blob && told["plugin"] == plugin);
+        told.expect("each is told")["deleted"].as_bool()
+    };
+    assert_eq!(
+        (is_deleted(&id, "s5"), is_deleted(&word, "disk"), is_deleted(&word, "s5")),
+        (Some(false), Some(false), Some(true))
+    );
+    assert!(place.run(&["storage", "rm", &id]).out.contains("nowhere"));
+
+    place.ran(&["storage", "put", "in", "--plugin", "disk"]);
+    drop(portal);
+    let away = place.run(&["storage", "rm", &id, "--plugin", "disk"]);
+    assert_eq!((away.code, away.out.trim()), (0, &*format!("deleted  {id}  disk")), "{away:#?}");
+}
+
+#[test]
+fn mistyped_id_leaves_what_has_come_alone() {
+    let place = Place::new(&config(&[]).replace("portals = []", "portals = [{ url = 'http://127.0.0.1:9' }]"));
+    place.file("in", "all of the bytes");
+    let id = place.ran(&["storage", "put", "in", "--plugin", "disk"]).out.trim().to_owned();
+    place.file("out.part", "all of the");
+    for wrong in [&id[1..], &id.to_uppercase(), "no-id"] {
+        let got = place.run(&["storage", "get", wrong, "-o", "out", "--plugin", "disk", "--json"]);
+        assert!(refusal(got, 1, "invalid").contains("64"));
+        assert_eq!(fs::read(place.path().join("out.part")).expect("it is there"), b"all of the");
+    }
+    let got = place.ran(&["storage", "get", &id, "-o", "out", "--plugin", "disk", "--json"]).json();
+    assert_eq!(got["resumed_at"], 10, "{got:#}");
+}
+
 /// Starts a command, and kills it as soon as there is something to see.
 fn kill_when(place: &Place, arguments: &[&str], mut seen: impl FnMut() -> bool) -> bool {
     let mut child: Child = place.command().args(arguments).stdout(Stdio::null()).spawn().expect("it starts");

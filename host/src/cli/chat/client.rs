@@ -143,12 +143,12 @@ impl Client {
         &self.url
     }
 
-    /// The names of the models that the node serves.
+    /// The names of the models that the node serves and that continue text. A server of another maker does not say which do.
     pub async fn models(&self) -> Result<Vec<String>, ChatError> {
         let response = self.http.get(format!("{}/v1/models", self.url)).send().await.map_err(|error| self.unreachable(&error))?;
         let body = self.accepted(response).await?.json::<Value>().await.map_err(|error| lost(&error))?;
-        let models: Vec<String> =
-            body["data"].as_array().into_iter().flatten().filter_map(|model| Some(model["id"].as_str()?.to_string())).collect();
+        let listed = body["data"].as_array().into_iter().flatten().filter(|model| model["generates"] != false);
+        let models: Vec<String> = listed.filter_map(|model| Some(model["id"].as_str()?.to_string())).collect();
         if models.is_empty() {
             return Err(self.not_ready().await);
         }

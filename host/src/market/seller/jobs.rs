@@ -121,7 +121,7 @@ impl Shared {
     async fn models(&self) -> Result<Vec<Served>, PluginError> {
         let coming = self.coming.load(Ordering::Relaxed);
         let mut models = Vec::new();
-        for model in self.seller.scheduler.models() {
+        for model in self.seller.scheduler.generating() {
             let Some(digest) = model.digest else { continue };
             let id: ModelId = match self.desk.chain.model_id(&Cx::new().with_timeout(CALL), digest).await {
                 Ok(id) => id,

@@ -66,7 +66,7 @@ impl Inference for Faulty {
 
     async fn load(&self, _: &Cx, model: String) -> Result<Loaded> {
         self.known(&model)?;
-        Ok(Loaded { model, context: CONTEXT, parallel: SLOTS as u32, memory: None, load_ms: 0, digest: None })
+        Ok(Loaded { model, context: CONTEXT, parallel: SLOTS as u32, memory: None, load_ms: 0, digest: None, generates: true })
     }
 
     async fn unload(&self, _: &Cx, _: String) -> Result<()> {

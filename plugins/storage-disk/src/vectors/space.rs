@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use tracing::{info, warn};
@@ -18,6 +19,9 @@ pub const SMALLEST: u64 = 2000;
 /// Rows that are read at once while an index is made.
 const BATCH: u64 = 256;
 
+/// How long a change waits for another one to bring the index up to date, before it looks whether a snapshot is being written instead.
+const MOMENT: Duration = Duration::from_millis(5);
+
 /// A snapshot is written after so many changes, or an eighth of the rows if that is more.
 const CHANGES_PER_SNAPSHOT: u64 = 5000;
 
@@ -28,6 +32,10 @@ pub struct Space {
     /// Who changes it holds `progress`, so that a reader waits for one row at most.
     index: RwLock<Option<Index>>,
     progress: Mutex<Progress>,
+    /// The number of the first change that may not be in the index.
+    next: AtomicU64,
+    /// Whether a snapshot is being written, or is about to be: nobody waits for that.
+    writing: AtomicBool,
     /// What the index takes of the memory, about; 0 where there is none.
     pub memory: AtomicU64,
     /// When it was used last, by the clock of who keeps it.
@@ -45,6 +53,15 @@ struct Progress {
     saved: u64,
 }
 
+/// Where the nearest rows are.
+#[derive(Debug, Default)]
+pub struct Search {
+    /// By the index: rows that are among the nearest.
+    pub rows: Vec<u64>,
+    /// From this number on, every row: the index may not have them yet.
+    pub from: u64,
+}
+
 impl Space {
     pub fn new(name: String, number: u64) -> Self {
         Self {
@@ -52,6 +69,8 @@ impl Space {
             number,
             index: RwLock::new(None),
             progress: Mutex::default(),
+            next: AtomicU64::new(0),
+            writing: AtomicBool::new(false),
             memory: AtomicU64::new(0),
             used: AtomicU64::new(0),
             preparing: AtomicBool::new(false),
@@ -59,10 +78,15 @@ impl Space {
         }
     }
 
-    /// Rows that are among the nearest; `None` where there is no index to tell.
-    pub fn search(&self, direction: &Direction, wanted: usize) -> Option<Vec<u64>> {
+    /// Which rows to look at for the nearest; `None` where there is no index to tell.
+    pub fn search(&self, direction: &Direction, wanted: usize) -> Option<Search> {
+        // Before the search: what the index takes in meanwhile is looked at twice rather than not at all.
+        let from = self.next.load(Ordering::Acquire);
         let found = self.index.read().as_ref()?.search(direction.numbers(), wanted);
-        found.inspect_err(|error| warn!(namespace = self.number, %error, "Index failed: every row is looked at.")).ok()
+        let mut rows =
+            found.inspect_err(|error| warn!(namespace = self.number, %error, "Index failed: every row is looked at.")).ok()?;
+        rows.retain(|&row| row < from);
+        Some(Search { rows, from })
     }
 
     pub fn is_indexed(&self) -> bool {
@@ -76,10 +100,16 @@ impl Space {
         Ok(found.map(|namespace| (reading, namespace)))
     }
 
-    /// Brings the index up to the rows as they are now. Says whether a snapshot is due. After an error the index is
-    /// of no use any more.
+    /// Brings the index up to the rows as they are now, or leaves it to a snapshot that is being written to do so afterwards. Says whether a
+    /// snapshot is due. After an error the index is of no use any more.
     pub fn catch_up(&self, truth: &Truth) -> Result<bool> {
-        let mut progress = self.progress.lock();
+        let mut progress = loop {
+            match self.progress.try_lock_for(MOMENT) {
+                Some(progress) => break progress,
+                None if self.writing.load(Ordering::Relaxed) => return Ok(false),
+                None => {}
+            }
+        };
         if !self.is_indexed() {
             return Ok(false);
         }
@@ -93,6 +123,7 @@ impl Space {
         });
         applied?;
         progress.next = namespace.next;
+        self.next.store(namespace.next, Ordering::Release);
         self.memory.store(Index::estimate(namespace.rows, namespace.dimensions), Ordering::Relaxed);
         Ok(progress.next - progress.saved > CHANGES_PER_SNAPSHOT.max(namespace.rows / 8))
     }
@@ -121,6 +152,7 @@ impl Space {
         let mut progress = self.progress.lock();
         next = self.follow(truth, &mut index, next, stop)?;
         *progress = Progress { next, saved };
+        self.next.store(next, Ordering::Release);
         self.memory.store(Index::estimate(index.len() as u64, namespace.dimensions), Ordering::Relaxed);
         *self.index.write() = Some(index);
         Ok(())
@@ -161,7 +193,13 @@ impl Space {
     /// Writes a snapshot, if anything has changed since the last one.
     pub fn save(&self, truth: &Truth) -> Result<()> {
         let unfinished = snapshot::unfinished(truth.folder(), self.number);
+        self.writing.store(true, Ordering::Relaxed);
         let saved = self.write_snapshot(truth);
+        self.writing.store(false, Ordering::Relaxed);
+        if let Err(error) = self.catch_up(truth) {
+            warn!(namespace = self.number, %error, "Index dropped: it is made anew.");
+            self.forget();
+        }
         if saved.is_err() {
             // What is left of it would only take room; if it cannot be removed, the next start does.
             let _ = fs::remove_file(unfinished);
@@ -172,7 +210,7 @@ impl Space {
     fn write_snapshot(&self, truth: &Truth) -> Result<()> {
         let Some((_, namespace)) = self.current(truth)? else { return Ok(()) };
         let (of, length) = {
-            // Nobody changes the index meanwhile, and everybody may search it.
+            // Nobody changes the index meanwhile, and everybody may search it. Whoever changes rows does not wait for this.
             let mut progress = self.progress.lock();
             let index = self.index.read();
             let Some(index) = index.as_ref().filter(|_| progress.saved < progress.next) else { return Ok(()) };
@@ -190,5 +228,69 @@ fn apply(index: &mut Index, change: Change<'_>) -> Result<()> {
     match change {
         Change::Removed(row) => index.remove(row),
         Change::Put(row, stored) => index.add(row, &Direction::read(stored.numbers)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::super::tests::{ALWAYS, find, large, open, values, vector, wait_for_index};
+    use super::*;
+
+    /// The namespace that `large` makes.
+    fn space(vectors: &super::super::Vectors) -> std::sync::Arc<Space> {
+        let keeper = vectors.keeper(ALWAYS, 0).unwrap();
+        let found = keeper.truth().read().unwrap().namespace("large").unwrap().unwrap();
+        keeper.space("large", &found)
+    }
+
+    #[test]
+    fn namespace_that_has_become_small_is_searched_exactly() {
+        let folder = tempfile::tempdir().unwrap();
+        let vectors = open(folder.path());
+        large(&vectors, 16);
+        wait_for_index(&vectors, "large");
+        let gone: Vec<String> = (100..SMALLEST + 500).map(|seed| format!("key {seed}")).collect();
+        vectors.delete("large", Some(&gone), ALWAYS).unwrap();
+        // As one that misses what is near, which it may.
+        let space = space(&vectors);
+        *space.index.write() = Some(Index::new(16, 2).unwrap());
+        assert_eq!(find(&vectors, "large", values(1, 16), 1000).len(), 100);
+        assert_eq!(find(&vectors, "large", values(7, 16), 1)[0].key, "key 7");
+    }
+
+    #[test]
+    fn changes_do_not_wait_for_a_snapshot_and_are_found_meanwhile() {
+        let folder = tempfile::tempdir().unwrap();
+        let vectors = open(folder.path());
+        large(&vectors, 16);
+        wait_for_index(&vectors, "large");
+        let space = space(&vectors);
+        thread::scope(|scope| {
+            // What writing a snapshot holds.
+            space.writing.store(true, Ordering::Relaxed);
+            let progress = space.progress.lock();
+            let (done, changed) = mpsc::channel();
+            let vectors = &vectors;
+            scope.spawn(move || {
+                vectors.put("large", vec![vector(70_000, 16)], ALWAYS).unwrap();
+                vectors.delete("large", Some(&["key 5".to_owned()]), ALWAYS).unwrap();
+                // Where nobody listens any more, the test has failed already.
+                let _ = done.send(());
+            });
+            let changed = changed.recv_timeout(Duration::from_secs(20));
+            let found =
+                changed.is_ok().then(|| [70_000, 5].map(|seed| find(vectors, "large", values(seed, 16), 1).remove(0).key));
+            drop(progress);
+            let found = found.expect("the changes wait for the snapshot");
+            assert_eq!(found[0], "key 70000", "it is not in the index yet");
+            assert_ne!(found[1], "key 5");
+        });
+        let keeper = vectors.keeper(ALWAYS, 0).unwrap();
+        space.save(keeper.truth()).unwrap();
+        let rows = keeper.truth().read().unwrap().namespace("large").unwrap().unwrap().rows;
+        assert_eq!(space.index.read().as_ref().unwrap().len() as u64, rows, "the index has caught up");
     }
 }

@@ -6,14 +6,13 @@ use std::path::Path;
 
 use fabstir_plugin_api::prelude::*;
 
-use super::space::SMALLEST;
 use super::*;
 
 mod crash;
 
-const ALWAYS: &dyn Fn() -> bool = &|| true;
+pub(super) const ALWAYS: &dyn Fn() -> bool = &|| true;
 
-fn open(folder: &Path) -> Vectors {
+pub(super) fn open(folder: &Path) -> Vectors {
     with(folder, None, 1 << 30)
 }
 
@@ -22,13 +21,13 @@ fn with(folder: &Path, max_bytes: Option<u64>, index_bytes: u64) -> Vectors {
 }
 
 /// Numbers that look random and are the same in every run.
-fn values(seed: u64, dimensions: usize) -> Vec<f32> {
+pub(super) fn values(seed: u64, dimensions: usize) -> Vec<f32> {
     let mut bytes = vec![0; dimensions * 4];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes.as_chunks().0.iter().map(|number| i32::from_le_bytes(*number) as f32 / i32::MAX as f32).collect()
 }
 
-fn vector(seed: u64, dimensions: usize) -> Vector {
+pub(super) fn vector(seed: u64, dimensions: usize) -> Vector {
     Vector { key: format!("key {seed}"), values: values(seed, dimensions), data: seed.to_le_bytes().to_vec() }
 }
 
@@ -36,7 +35,7 @@ fn query(values: Vec<f32>, limit: u32) -> VectorQuery {
     VectorQuery { values, limit, at_least: None }
 }
 
-fn find(vectors: &Vectors, namespace: &str, values: Vec<f32>, limit: u32) -> Vec<Near> {
+pub(super) fn find(vectors: &Vectors, namespace: &str, values: Vec<f32>, limit: u32) -> Vec<Near> {
     vectors.find(namespace, query(values, limit), ALWAYS).unwrap()
 }
 
@@ -47,7 +46,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 
 /// What is stored, kept beside the vectors: every answer is compared with it.
 #[derive(Default)]
-struct Oracle(HashMap<String, Vector>);
+pub(super) struct Oracle(HashMap<String, Vector>);
 
 impl Oracle {
     fn put(&mut self, vectors: &[Vector]) {
@@ -77,7 +76,7 @@ fn indexed(vectors: &Vectors, namespace: &str) -> bool {
     keeper.space(namespace, &found).is_indexed()
 }
 
-fn wait_for_index(vectors: &Vectors, namespace: &str) {
+pub(super) fn wait_for_index(vectors: &Vectors, namespace: &str) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !indexed(vectors, namespace) {
         assert!(Instant::now() < deadline, "no index came");
@@ -92,7 +91,7 @@ fn snapshot_file(vectors: &Vectors, namespace: &str) -> PathBuf {
 }
 
 /// A namespace that is large enough for an index, with what it should hold.
-fn large(vectors: &Vectors, dimensions: usize) -> Oracle {
+pub(super) fn large(vectors: &Vectors, dimensions: usize) -> Oracle {
     let mut oracle = Oracle::default();
     for start in (0..SMALLEST + 500).step_by(500) {
         let batch: Vec<Vector> = (start..start + 500).map(|seed| vector(seed, dimensions)).collect();

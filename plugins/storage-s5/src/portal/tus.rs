@@ -15,46 +15,90 @@ use crate::error::S5Error;
 use crate::ledger::Ledger;
 use crate::spool::{Spooled, blocking};
 
-/// Breaks in a row, with nothing sent between them, after which an upload is given up. What was sent is kept for the next try.
+/// Breaks after which an upload is given up that has not got on between them. What was sent is kept for the next try.
 const BREAKS: u32 = 3;
+
+/// How much further an upload has to be to have got on, or at the end of a chunk. What the portal says of its offset costs it nothing: with a
+/// byte at a time it could hold an upload for ever.
+const STEP: u64 = 1 << 20;
+
+/// What became of a blob that a portal was to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// It was sent, and acknowledged.
+    Sent,
+    /// The portal says that it has it already, and has taken nothing.
+    WasThere,
+}
+
+/// How an upload is getting on.
+struct Progress {
+    /// The farthest place from which it was counted.
+    reached: u64,
+    /// Breaks since then.
+    breaks: u32,
+}
+
+impl Progress {
+    /// Notes where the upload is, in a chunk that ends at `end`; says whether it has got on.
+    fn is_at(&mut self, offset: u64, end: u64) -> bool {
+        let has_got_on = offset > self.reached && offset >= end.min(self.reached.saturating_add(STEP));
+        if has_got_on {
+            *self = Self { reached: offset, breaks: 0 };
+        }
+        has_got_on
+    }
+
+    /// Counts a break; says whether there may be another try.
+    fn may_break(&mut self) -> bool {
+        self.breaks += 1;
+        self.breaks < BREAKS
+    }
+}
 
 impl Portal {
     /// Sends a blob, in one request or in chunks by its size. When it returns, the portal has said that it has it.
-    pub async fn store(&self, cid: &Cid, blob: &Spooled, ledger: &Arc<Ledger>) -> Result<(), UploadError> {
+    pub async fn store(&self, cid: &Cid, blob: &Spooled, ledger: &Arc<Ledger>) -> Result<Stored, UploadError> {
         let size = blob.tree.size();
         if size <= self.single_max {
-            return Ok(self.upload(cid, blob).await?);
+            self.upload(cid, blob).await?;
+            return Ok(Stored::Sent);
         }
         let Some((url, mut offset)) = self.begin(cid, size, ledger).await? else {
-            return self.acknowledged(cid).await;
+            return Ok(Stored::WasThere);
         };
-        let mut breaks = 0;
+        let mut progress = Progress { reached: offset, breaks: 0 };
         while offset < size {
             let end = size.min(offset + self.chunk);
             let broke = match self.chunk(&url, blob, offset, end).await {
                 Ok(next) if next > offset && next <= end => {
-                    (offset, breaks) = (next, 0);
+                    if !progress.is_at(next, end) && !progress.may_break() {
+                        return Err(
+                            Fault::Wrong(format!("of bytes {offset} to {end} it takes {} at a time", next - offset)).into()
+                        );
+                    }
+                    offset = next;
                     continue;
                 }
                 Ok(next) => return Err(Fault::Wrong(format!("after bytes {offset} to {end} it says it has {next}")).into()),
                 Err(fault) => fault,
             };
-            let again = broke.wait(breaks, self.timeout).filter(|_| breaks + 1 < BREAKS);
+            let pause = broke.wait(progress.breaks, self.timeout);
             // A chunk that it took without an answer has moved the offset.
-            let wait = match (again, &broke) {
+            let wait = match (pause, &broke) {
                 (Some(wait), _) => wait,
-                (None, Fault::Refused { status: 409, .. }) if breaks + 1 < BREAKS => Duration::ZERO,
+                (None, Fault::Refused { status: 409, .. }) => Duration::ZERO,
                 _ => return Err(broke.into()),
             };
+            if !progress.may_break() {
+                return Err(broke.into());
+            }
             debug!(portal = self.name(), blob = %cid.id, offset, why = %broke, "The upload broke off, and goes on.");
-            breaks += 1;
             tokio::time::sleep(wait).await;
             match self.offset(&url, size).await {
                 Ok(now) => {
-                    // Part of the chunk has come: it moves.
-                    if now > offset {
-                        breaks = 0;
-                    }
+                    // Where a part of the chunk has come that is worth it, it moves.
+                    progress.is_at(now, end);
                     offset = now;
                 }
                 // It ended the upload, and its answer was lost.
@@ -63,10 +107,11 @@ impl Portal {
             }
         }
         self.remember(cid, ledger, None).await?;
-        self.acknowledged(cid).await
+        self.acknowledged(cid).await?;
+        Ok(Stored::Sent)
     }
 
-    /// Where the upload is and how far: a new one, or one that broke off. `None` where the portal has the blob.
+    /// Where the upload is and how far: a new one, or one that broke off. `None` where the portal says that it has the blob.
     async fn begin(&self, cid: &Cid, size: u64, ledger: &Arc<Ledger>) -> Result<Option<(Url, u64)>, UploadError> {
         let (id, name, known) = (cid.id, self.name().to_owned(), ledger.clone());
         let begun = blocking(move || known.upload(id, &name)).await?;
@@ -159,4 +204,23 @@ pub enum UploadError {
     /// What was to be remembered of it could not be.
     #[error(transparent)]
     Own(#[from] S5Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn upload_that_does_not_get_on_is_given_up() {
+        let mut progress = Progress { reached: 0, breaks: 0 };
+        // A byte at a time, and back again.
+        for offset in [1, 2, 1] {
+            assert!(!progress.is_at(offset, 4 * STEP));
+        }
+        assert!(progress.may_break());
+        assert!(progress.is_at(STEP, 4 * STEP), "a MiB counts");
+        assert!(progress.is_at(STEP + 100, STEP + 100), "and the end of a chunk, however small");
+        assert!(!progress.is_at(STEP + 100, STEP + 100), "but not twice");
+        assert!(progress.may_break() && progress.may_break() && !progress.may_break());
+    }
 }

@@ -5,9 +5,11 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::{Portals, ROUNDS};
@@ -16,6 +18,13 @@ use crate::error::S5Error;
 use crate::portal::{Fault, Part};
 use crate::spool::{Spooled, blocking, finished};
 use crate::tree::{GROUP, Tree};
+
+/// How often `timeout_ms` fits into the time that a portal has for a blob of unknown size in the first round; in each further round it is so many
+/// times more.
+const PATIENCE: u32 = 8;
+
+/// Bytes per second with which the last one that is asked may go on for as long as there is room.
+const LEAST_RATE: u64 = 1 << 20;
 
 /// A read that has begun.
 pub struct Reading {
@@ -60,8 +69,10 @@ impl Portals {
         let mut order: Vec<usize> = (0..self.list.len()).collect();
         let (mut faults, mut own) = (Vec::new(), None);
         for round in 0..ROUNDS {
-            for place in std::mem::take(&mut order) {
-                let fault = match self.fetch_from(place, &cid).await {
+            let asked = std::mem::take(&mut order);
+            let portals = asked.len();
+            for place in asked {
+                let fault = match self.fetch_from(place, &cid, self.patience(round, portals)).await {
                     Ok(Ok(blob)) => {
                         if !blob.tree.nodes().is_empty() {
                             let (ledger, tree) = (self.ledger.clone(), blob.tree.clone());
@@ -94,25 +105,44 @@ impl Portals {
         }
     }
 
-    async fn fetch_from(&self, place: usize, cid: &Cid) -> Result<Result<Spooled, Fault>, S5Error> {
+    /// How long a portal may take to send a blob of which nobody knows how large it is. It gets little time while there are others to ask, and
+    /// more in each round: one that never comes to an end costs minutes then, and one that is only slow is not given up for good.
+    fn patience(&self, round: u32, portals: usize) -> Patience {
+        let round = if portals == 1 { ROUNDS - 1 } else { round };
+        Patience { began: Instant::now(), limit: self.timeout * PATIENCE.pow(round + 1), is_last: round + 1 == ROUNDS }
+    }
+
+    async fn fetch_from(&self, place: usize, cid: &Cid, patience: Patience) -> Result<Result<Spooled, Fault>, S5Error> {
         let mut part = match self.list[place].read(cid, 0, None).await {
             Ok(part) => part,
             Err(fault) => return Ok(Err(fault)),
         };
-        let (sender, task) = self.spool.receive::<Vec<u8>>(None);
+        // What it says of the size is good enough to see that there is no room for it.
+        let (sender, task) = self.spool.receive::<Vec<u8>>(part.size);
+        let mut came = 0;
         loop {
             let piece = match part.up_to(GROUP).await {
                 Ok(piece) => piece,
                 Err(fault) => return Ok(Err(fault)),
             };
-            // A spool that takes no more says why below.
+            came += piece.len() as u64;
             let is_last = (piece.len() as u64) < GROUP;
+            if !is_last && patience.is_over(came) {
+                let late = format!("it has not come to the blob's end within {} s", patience.limit.as_secs_f32());
+                return Ok(Err(Fault::Unreachable(late)));
+            }
+            // A spool that takes no more says why below.
             if sender.send(piece).await.is_err() || is_last {
                 break;
             }
         }
         drop(sender);
-        let blob = finished(task).await?;
+        let blob = match finished(task).await {
+            // That it sends another number of bytes than it said is its fault, and not that of whoever asks.
+            Err(S5Error::TooFew { .. }) => return Ok(Err(wrong_bytes(true))),
+            Err(S5Error::TooMany { .. }) => return Ok(Err(wrong_bytes(false))),
+            blob => blob?,
+        };
         Ok(match blob.tree.id() == cid.id {
             true => Ok(blob),
             false => Err(wrong_bytes(part.size.is_some_and(|size| size != blob.tree.size()))),
@@ -127,6 +157,22 @@ impl Portals {
             S5Error::Refused { why, .. } if any(|fault| matches!(fault, Fault::Wrong(_))) => S5Error::Corrupt { id, why },
             error => error,
         }
+    }
+}
+
+/// How long a portal may go on sending.
+struct Patience {
+    began: Instant,
+    limit: Duration,
+    /// Whether nobody is asked after it.
+    is_last: bool,
+}
+
+impl Patience {
+    /// Whether it has had its time, by what has come so far. Where nobody is asked after it, only one that is slow has.
+    fn is_over(&self, came: u64) -> bool {
+        let took = self.began.elapsed();
+        took > self.limit && !(self.is_last && came / LEAST_RATE >= took.as_secs())
     }
 }
 
@@ -149,7 +195,8 @@ impl Reading {
         let piece = match &mut self.source {
             Source::Portals(groups) => {
                 let (group, begins) = (start / GROUP, start / GROUP * GROUP);
-                let mut bytes = groups.next(group, end).await?;
+                let read = groups.next(group, end).await;
+                let mut bytes = read.map_err(|faults| groups.portals.unread(groups.cid.id, &faults))?;
                 bytes.truncate((end - begins).min(GROUP) as usize);
                 bytes.drain(..(start - begins) as usize);
                 bytes
@@ -167,7 +214,7 @@ impl Reading {
 }
 
 /// The groups of a blob whose tree is known.
-struct Groups {
+pub(super) struct Groups {
     portals: Arc<Portals>,
     cid: Cid,
     tree: Tree,
@@ -180,13 +227,13 @@ struct Groups {
 }
 
 impl Groups {
-    fn new(portals: Arc<Portals>, tree: Tree, order: Vec<usize>) -> Self {
+    pub fn new(portals: Arc<Portals>, tree: Tree, order: Vec<usize>) -> Self {
         let cid = Cid { id: tree.id(), size: Some(tree.size()) };
         Self { portals, cid, tree, order, out: Vec::new(), part: None }
     }
 
-    /// The bytes of a group. Groups up to the byte `end` will be wanted after it.
-    async fn next(&mut self, group: u64, end: u64) -> Result<Vec<u8>, S5Error> {
+    /// The bytes of a group, or what each portal did wrong. Groups up to the byte `end` will be wanted after it.
+    pub async fn next(&mut self, group: u64, end: u64) -> Result<Vec<u8>, Vec<(usize, Fault)>> {
         let mut faults = Vec::new();
         for round in 0..ROUNDS {
             faults.clear();
@@ -212,7 +259,7 @@ impl Groups {
             }
         }
         faults.extend(self.out.iter().cloned());
-        Err(self.portals.unread(self.cid.id, &faults))
+        Err(faults)
     }
 
     async fn of(&mut self, place: usize, group: u64, end: u64) -> Result<Vec<u8>, Fault> {

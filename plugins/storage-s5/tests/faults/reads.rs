@@ -1,5 +1,7 @@
 //! Reading from portals that are not as they should be.
 
+use std::time::Duration;
+
 use fabstir_plugin_api::prelude::*;
 use serde_json::json;
 
@@ -107,6 +109,17 @@ async fn blob_is_missing_only_where_every_portal_says_so() {
     bad.requests();
     instance.whole(&nowhere).await.unwrap_err();
     assert_eq!(bad.requests(), 0, "who wants to be left alone is left alone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn portal_that_comes_to_no_end_is_given_up_for_the_next_one() {
+    let bytes = noise(MIB + 1000, 4);
+    let (bad, _good, _, _, id) = two_copies(&bytes).await;
+    bad.makes(Trouble::Trickles { pause: Duration::from_millis(500) });
+    // A MiB comes within the time, each time, and the end never.
+    let stranger = Instance::new(&[&bad.url, &_good.url], json!({ "timeout_ms": 1000 })).await;
+    let whole = tokio::time::timeout(Duration::from_secs(60), stranger.whole(&id)).await.expect("the next portal is asked");
+    assert_eq!(whole.as_deref(), Ok(&bytes[..]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

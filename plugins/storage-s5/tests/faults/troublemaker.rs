@@ -19,14 +19,23 @@ use futures::StreamExt;
 pub struct Portal {
     child: Child,
     pub url: String,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Portal {
     pub fn start(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let (child, url) = launch(folder.path(), arguments);
-        Self { child, url, _folder: folder }
+        Self { child, url, folder }
+    }
+
+    /// Changes a byte of a blob on the portal's disk.
+    pub fn rot(&self, id: &str) {
+        let path = self.folder.path().join("blobs").join(id);
+        let mut bytes = std::fs::read(&path).expect("the portal has it");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(path, bytes).expect("it can be written");
     }
 }
 
@@ -70,6 +79,14 @@ pub enum Trouble {
     },
     /// Blobs come without an end.
     Endless,
+    /// The same, so slowly that nobody would wait for it: a MiB, and then another one after so long.
+    Trickles {
+        pause: Duration,
+    },
+    /// Chunks break off, and each time one more byte has come, or none.
+    Dribbles,
+    /// Of each chunk one byte is taken.
+    Nibbles,
     Status(u16),
     /// With `Retry-After` of so many seconds, for so many requests.
     TooMany {
@@ -160,6 +177,26 @@ async fn serve(State(shared): State<Arc<Shared>>, request: Request) -> Response 
         Trouble::Endless if is_blob => {
             let piece = Bytes::from(vec![1; 1 << 16]);
             return Body::from_stream(futures::stream::repeat_with(move || std::io::Result::Ok(piece.clone()))).into_response();
+        }
+        Trouble::Trickles { pause } if is_blob => {
+            let (piece, pause) = (Bytes::from(vec![1; 1 << 20]), *pause);
+            let pieces = futures::stream::repeat(()).then(move |()| {
+                let piece = piece.clone();
+                async move {
+                    tokio::time::sleep(pause).await;
+                    std::io::Result::Ok(piece)
+                }
+            });
+            return Body::from_stream(pieces).into_response();
+        }
+        Trouble::Dribbles if parts.method == Method::PATCH => return StatusCode::BAD_GATEWAY.into_response(),
+        Trouble::Dribbles if parts.method == Method::HEAD => {
+            let asked = shared.seen.lock().unwrap().iter().filter(|(method, _, _)| *method == Method::HEAD).count();
+            return [("upload-offset", (asked % 3).to_string())].into_response();
+        }
+        Trouble::Nibbles if parts.method == Method::PATCH => {
+            let offset = parts.headers["upload-offset"].to_str().ok().and_then(|offset| offset.parse::<u64>().ok());
+            return (StatusCode::NO_CONTENT, [("upload-offset", (offset.expect("a number") + 1).to_string())]).into_response();
         }
         Trouble::OtherName if path == "/s5/upload" => {
             return axum::Json(serde_json::json!({ "cid": "z4odvyg7EbrxBZ5mJjwSJEr47rdfL4jbVDrBfQnzzwNUup8s6" })).into_response();

@@ -152,6 +152,88 @@ async fn lost_copy_is_put_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn damaged_copy_is_repaired_when_the_blob_is_put_again() {
+    let portal = Portal::start(&[]);
+    // In one request, and in chunks.
+    for (seed, size) in [(1, 1000), (2, 3 * MIB)] {
+        let instance = Instance::new(&[&portal.url], json!({})).await;
+        let bytes = noise(size, seed);
+        let id = instance.put(&bytes).await.expect("is put").id;
+        portal.rot(&id);
+        assert_eq!(instance.whole(&id).await.unwrap_err().code, Code::Corrupt);
+        instance.put(&bytes).await.expect("is put again");
+        assert_eq!(instance.whole(&id).await.as_deref(), Ok(&bytes[..]), "{size} bytes");
+
+        // One that does not know that it is there, as after its state folder was lost.
+        portal.rot(&id);
+        let stranger = Instance::new(&[&portal.url], json!({})).await;
+        stranger.put(&bytes).await.expect("is put again");
+        assert_eq!(stranger.whole(&id).await.as_deref(), Ok(&bytes[..]), "{size} bytes");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copy_that_cannot_be_repaired_is_made_on_another_portal() {
+    let (bad, good) = (Troublemaker::start().await, Portal::start(&[]));
+    for (seed, size) in [(1, 1000), (2, 3 * MIB)] {
+        let instance = Instance::new(&[&bad.url, &good.url], json!({})).await;
+        bad.makes(Trouble::None);
+        let bytes = noise(size, seed);
+        let id = instance.put(&bytes).await.expect("is put").id;
+        bad.makes(Trouble::OtherBytes { from: 10 });
+        instance.put(&bytes).await.expect("is put on the other one");
+        assert_eq!(instance.whole(&id).await.as_deref(), Ok(&bytes[..]), "{size} bytes");
+        bad.makes(Trouble::None);
+        assert_eq!(instance.s5.delete(&Cx::new(), id.clone()).await, Ok(true));
+        for url in [&bad.url, &good.url] {
+            let only = Instance::new(&[url], json!({})).await;
+            assert_eq!(only.whole(&id).await.unwrap_err().code, Code::NotFound, "a copy that was damaged is deleted, too: {url}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upload_that_does_not_get_on_is_given_up_for_the_next_portal() {
+    let (bad, good) = (Troublemaker::start().await, Portal::start(&[]));
+    for (seed, trouble) in (0..).zip([Trouble::Dribbles, Trouble::Nibbles]) {
+        let instance = Instance::new(&[&bad.url, &good.url], json!({})).await;
+        bad.makes(trouble.clone());
+        let bytes = noise(2 * MIB, seed);
+        let put = tokio::time::timeout(Duration::from_secs(60), instance.put(&bytes)).await;
+        let id = put.unwrap_or_else(|_| panic!("it is held: {trouble:?}")).expect("is put").id;
+        assert!(bad.requests() < 20, "{trouble:?}");
+        assert_eq!(instance.whole(&id).await.as_deref(), Ok(&bytes[..]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn portal_that_was_away_is_not_forgotten() {
+    let (first, second) = (Troublemaker::start().await, Portal::start(&[]));
+    let instance = Instance::new(&[&first.url, &second.url], json!({})).await;
+    let bytes = noise(1000, 1);
+    let id = instance.put(&bytes).await.expect("is put").id;
+    first.makes(Trouble::Status(500));
+    instance.put(&bytes).await.expect("is put on the other one");
+    first.makes(Trouble::None);
+    assert_eq!(instance.s5.delete(&Cx::new(), id.clone()).await, Ok(true));
+    let only_first = Instance::new(&[&first.url], json!({})).await;
+    assert_eq!(only_first.whole(&id).await.unwrap_err().code, Code::NotFound, "its copy is deleted, too");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copy_on_a_portal_that_is_not_configured_any_more_is_not_forgotten() {
+    let (first, second) = (Portal::start(&[]), Portal::start(&[]));
+    let both = Instance::new(&[&first.url, &second.url], json!({ "copies": 2 })).await;
+    let id = both.put(&noise(1000, 1)).await.expect("is put").id;
+    let one = Instance::within(both.state, &[&first.url], json!({})).await;
+    let error = one.s5.delete(&Cx::new(), id.clone()).await.unwrap_err();
+    assert!(error.code == Code::Denied && error.message.contains(&second.url), "{error}");
+    assert_eq!(one.listed().await, 1);
+    let both = Instance::within(one.state, &[&first.url, &second.url], json!({})).await;
+    assert_eq!((both.s5.delete(&Cx::new(), id).await, both.listed().await), (Ok(true), 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn token_lets_in_and_is_in_no_error() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("token");
