@@ -11,19 +11,19 @@ use serde_json::{Value, json};
 
 use crate::proofs::proving_node;
 
-const EZKL: &str = "[[plugin]]\nid = 'ezkl'\nuse = 'prover-ezkl'\n";
 const DIGEST: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
-/// Whether the engine is there; said aloud where it is not.
-fn has_engine() -> bool {
+/// The plugin with its engine and further settings; `None`, said aloud, where the engine is not there.
+fn prover(settings: &str) -> Option<String> {
     let variable = |name: &str| std::env::var_os(name).map(std::path::PathBuf::from);
     let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache"))).unwrap_or_default();
     let python = cache.join("fabstir-node/ezkl/bin/python3");
-    let found = python.exists();
-    if !found {
+    if !python.exists() {
         eprintln!("SKIPPED: {} is not there; `make ezkl` makes it", python.display());
+        return None;
     }
-    found
+    let python = python.display();
+    Some(format!("[[plugin]]\nid = 'ezkl'\nuse = 'prover-ezkl'\n\n[plugin.config]\npython = '{python}'\n{settings}\n\n"))
 }
 
 fn path(path: &Path) -> String {
@@ -32,15 +32,15 @@ fn path(path: &Path) -> String {
 
 #[test]
 fn an_onnx_model_is_proven_end_to_end_and_no_other_outputs_are() {
-    if !has_engine() {
-        return;
-    }
     let examples = repository().join("plugins/prover-ezkl/examples");
-    let place = Place::new(&format!(
-        "{EZKL}\n[plugin.config]\nmodels = [{{ name = 'classifier', path = '{}', calibration = '{}' }}]\n",
+    let Some(prover) = prover(&format!(
+        "models = [{{ name = 'classifier', path = '{}', calibration = '{}' }}]",
         examples.join("classifier.onnx").display(),
         examples.join("classifier.examples.json").display()
-    ));
+    )) else {
+        return;
+    };
+    let place = Place::new(&prover);
     let rows: Value = serde_json::from_slice(&fs::read(examples.join("classifier.examples.json")).expect("reads")).expect("JSON");
     let values = path(&place.file("values.json", json!([rows[0]]).to_string()));
     let (input, output) = (path(&place.file("input", "a row")), path(&place.file("output", "a class")));
@@ -95,12 +95,10 @@ fn engines(node: &Provider) -> Vec<i32> {
     prover.map(|worker| process::children(worker.pid)).unwrap_or_default()
 }
 
-async fn proven_though(prover: &str, fault: i32) {
-    if !has_engine() {
-        return;
-    }
+async fn proven_though(settings: &str, fault: i32) {
+    let Some(prover) = prover(settings) else { return };
     let chain = DevChain::start().expect("a chain");
-    let (node, program) = proving_node(&chain, prover, "commitment").await;
+    let (node, program) = proving_node(&chain, &prover, "commitment").await;
     let client = place(&chain, CLIENT, "", "", NET);
     let proof = format!("commitment:{program}");
     let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.1eth", "--temperature", "0", "--proof", &proof];
@@ -123,10 +121,10 @@ async fn proven_though(prover: &str, fault: i32) {
 
 #[tokio::test]
 async fn a_job_is_proven_by_ezkl_although_its_engine_is_killed() {
-    proven_though(EZKL, libc::SIGKILL).await;
+    proven_though("", libc::SIGKILL).await;
 }
 
 #[tokio::test]
 async fn a_job_is_proven_by_ezkl_although_its_engine_hangs() {
-    proven_though(&format!("{EZKL}config = {{ prove_timeout_ms = 8000 }}\n"), libc::SIGSTOP).await;
+    proven_though("prove_timeout_ms = 8000", libc::SIGSTOP).await;
 }

@@ -59,6 +59,8 @@ async fn a_question_in_other_words_has_the_same_answer_and_another_question_has_
     for other in ["How do I poach an egg?", "How do I boil a dozen eggs?", "How do I boil an egg without cracking it?"] {
         assert_eq!(ask(&client, &node, &chat("echo", other)).await.0, other);
     }
+    // Or the restart would come before all of them are.
+    placed(&node, 4.0).await;
     let mut conversation = chat("echo", "Explain how to boil an egg, please.");
     let turns = [json!({ "role": "user", "content": "Hello" }), json!({ "role": "assistant", "content": "Hello!" })];
     let question = conversation["messages"][0].take();
