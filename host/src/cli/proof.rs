@@ -523,9 +523,6 @@ fn about_words(file: &ProofFile) -> String {
         ["output".into(), output.clone()],
     ];
     rows.extend(match &file.claim {
-        Claim::Token { position, token, state } => {
-            Some(["claim".into(), format!("at position {position} token {token}, for the state {state}")])
-        }
         Claim::Answer { trace, tokens, draw } => {
             Some(["claim".into(), format!("at positions that {draw} draws, of {tokens} tokens under the root {trace}")])
         }
