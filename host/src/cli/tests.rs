@@ -64,6 +64,8 @@ fn every_command_takes_json() {
         "job status",
         "job result 1",
         "job cancel 1",
+        "job challenge 1",
+        "job resolve 1",
         "job accept 1",
         "earnings",
         "purchases",
