@@ -110,8 +110,8 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
     found
 }
 
-/// Makes the keys of every statement that has none yet, one after the other, and sees how long its proofs take; `false` where that has to be
-/// tried again.
+/// Checks the keys of every statement, makes those that are not there, one after the other, and sees how long proofs take; `false` where that
+/// has to be tried again. A bond that is put up for a proof is lost where its keys turn out to be damaged.
 pub async fn prepare(routes: &Routes, network: &ChainNetwork, prepared: &Prepared) -> bool {
     let is_there =
         |plugin: &str, generation| routes.prover.iter().any(|route| route.plugin == plugin && route.generation == generation);
@@ -130,11 +130,6 @@ async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork) -> bool 
     let Ok(statements) = route.client.statements(&cx).await else { return false };
     let mut all = true;
     for statement in statements {
-        let measured =
-            async { route.client.estimate(&cx, statement.id.clone()).await.is_ok_and(|known| known.prove_cpu_ms.is_some()) };
-        if statement.program.is_some() && measured.await {
-            continue;
-        }
         if statement.is_development && !is_development(network) {
             tracing::warn!(
                 plugin = %route.plugin, statement = statement.id, chain = network.chain,
@@ -142,7 +137,7 @@ async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork) -> bool 
             );
             continue;
         }
-        tracing::info!(plugin = %route.plugin, statement = statement.id, "Making the keys of proofs.");
+        tracing::info!(plugin = %route.plugin, statement = statement.id, "Looking after the keys of proofs.");
         let made = match prepared(&*route.client, &statement.id).await {
             // What was damaged is out of the way now.
             Err(error) if error.code == Code::Corrupt => {

@@ -147,6 +147,31 @@ async fn a_node_that_is_killed_before_its_proof_proves_after_its_start() {
 }
 
 #[tokio::test]
+async fn keys_that_were_damaged_are_made_again_before_anything_is_promised() {
+    let chain = DevChain::start().expect("a chain");
+    let place = node_place(&chain, NODE, "", &format!("{STORAGE}{GROTH16}{}", tiny_chat()));
+    place.ran(&["proof", "prepare", "commitment"]);
+    let program = |place: &Place| place.ran(&["proof", "ls", "--json"]).json()["statements"][0]["statement"]["program"].clone();
+    let before = program(&place);
+    let keys = file_below(place.path(), "proving").expect("the keys are there");
+    let mut bytes = fs::read(&keys).expect("reads");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&keys, bytes).expect("writes");
+    let node = Node::launch(place, &[]);
+    node.logged(&["Keys of proofs are made anew.", "Jobs can be proven."]).await;
+    let after = program(&node.place);
+    assert!(after.is_string() && after != before, "{before} {after}");
+}
+
+fn file_below(folder: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
+    fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find_map(|path| match path.is_dir() {
+        true => file_below(&path, name),
+        false => path.file_name().is_some_and(|found| found == name).then_some(path),
+    })
+}
+
+#[tokio::test]
 async fn a_proof_that_the_chain_takes_back_with_its_result_is_made_at_the_new_positions() {
     let chain = DevChain::start().expect("a chain");
     let clients = Clients::of(&chain);
