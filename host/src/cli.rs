@@ -163,17 +163,30 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Prints `text`, or `value` where the operator asked for JSON.
+/// Prints `text`, or `value` where the operator asked for JSON. Much of both was written by strangers, and none of it commands a terminal.
 fn print(json: bool, value: &Value, text: impl fmt::Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    match json {
-        true => writeln!(out, "{value:#}"),
-        false => writeln!(out, "{text}"),
-    }
+    writeln!(out, "{}", if json { as_json(value) } else { as_text(&text.to_string()) })
 }
 
-/// Rows as a table: every column but the last as wide as its widest cell.
+fn as_text(text: &str) -> String {
+    without_controls(text, |letter| letter.escape_default().to_string())
+}
+
+/// Control characters below the space are escaped in JSON in any case; these are the others, which stand in texts alone.
+fn as_json(value: &Value) -> String {
+    without_controls(&format!("{value:#}"), |letter| format!("\\u{:04x}", letter as u32))
+}
+
+fn without_controls(text: &str, escaped: impl Fn(char) -> String) -> String {
+    let kept = |letter: char| !letter.is_control() || matches!(letter, '\n' | '\t');
+    text.chars().map(|letter| if kept(letter) { letter.to_string() } else { escaped(letter) }).collect()
+}
+
+/// Rows as a table: every column but the last as wide as its widest cell. A line of a stranger's that goes on in the next is no row.
 fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let one_line = |cell: &String| as_text(cell).replace('\n', "\\n");
+    let rows: Vec<[String; N]> = rows.iter().map(|row| std::array::from_fn(|column| one_line(&row[column]))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);
     let line = |row: &[String; N]| {
@@ -226,8 +239,8 @@ fn start(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             // Where even the error cannot be written, the exit code remains.
             let _ = match json {
                 _ if failure.exit == 0 || failure.message.is_empty() => Ok(()),
-                true => writeln!(io::stdout(), "{:#}", failure.json),
-                false => writeln!(io::stderr(), "{}", failure.message),
+                true => writeln!(io::stdout(), "{}", as_json(&failure.json)),
+                false => writeln!(io::stderr(), "{}", as_text(&failure.message)),
             };
             ExitCode::from(failure.exit)
         }

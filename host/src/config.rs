@@ -254,6 +254,13 @@ pub struct Market {
     /// Default: `10000000000000000`.
     /// Example: `max_bond_wei = 1000000000000000`.
     pub max_bond_wei: u64,
+    /// The contracts that may rule on a result which its client objects to: whoever they rule for has the amount, and of the bond of the
+    /// other as much as they say. A posted job that names another arbiter is declined; one that names none cannot be objected to.
+    ///
+    /// Default: `[]`.
+    /// Example: `arbiters = ["0x5FbDB2315678afecb367f032d93F642f64180aa3"]`.
+    #[schemars(extend("items" = { "type": "string", "format": "account" }))]
+    pub arbiters: Vec<String>,
 }
 
 impl Default for Market {
@@ -270,6 +277,7 @@ impl Default for Market {
             sure_above_wei: 10_000_000_000_000_000,
             jobs: 1,
             max_bond_wei: 10_000_000_000_000_000,
+            arbiters: Vec::new(),
         }
     }
 }

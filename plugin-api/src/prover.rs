@@ -24,7 +24,8 @@ pub trait Prover: Send + Sync {
     async fn statements(&self, cx: &Cx) -> Result<Vec<Statement>>;
 
     /// Makes what proofs of a statement need, its keys above all, and returns the statement with its `program`. What is there already is
-    /// checked and not made again. A dropped stream ends the work, and leaves nothing half made.
+    /// checked and not made again. Whoever promises proofs has to know how long they take: where none was made yet, one is made for
+    /// [`Prover::estimate`]. A dropped stream ends the work, and leaves nothing half made.
     ///
     /// # Errors
     /// `NotFound` for a statement that is none of this plugin's. `Corrupt` when what was kept is not what its hash says: it is set aside,
@@ -38,7 +39,8 @@ pub trait Prover: Send + Sync {
     async fn estimate(&self, cx: &Cx, statement: String) -> Result<Estimate>;
 
     /// Proves. The stream ends with one [`Proving::Proof`], which was checked, after any number of [`Proving::Progress`], or with an
-    /// error. Prepares first where that was not done. A dropped stream ends the work at once, whatever it is at.
+    /// error. Prepares first where that was not done. A dropped stream ends the work at the next place where it can be ended,
+    /// which large circuits may take seconds to reach.
     ///
     /// # Errors
     /// `NotFound`. `InvalidArgument` when the task is not one of the statement's, or what it states is not true: there is no proof of it.
@@ -50,7 +52,7 @@ pub trait Prover: Send + Sync {
     ///
     /// # Errors
     /// `NotFound`. `InvalidArgument` for a statement that is about no states, and where at some position there would be no proof: the
-    /// message names it.
+    /// message names it. `Cancelled` when the caller gave up.
     #[optional]
     async fn trace(&self, cx: &Cx, statement: String, tokens: Vec<u32>, states: Vec<Vec<f32>>) -> Result<Hash32>;
 
@@ -61,14 +63,6 @@ pub trait Prover: Send + Sync {
     /// `NotFound` for a statement or a program that this plugin does not know, `Corrupt` for keys that cannot be trusted: then nothing
     /// is known about the proof. A proof that is wrong is no error but a [`Verdict`].
     async fn verify(&self, cx: &Cx, proof: Proof) -> Result<Verdict>;
-
-    /// What stands for states of a model: of each the commitment that a proof would have as `Claim::Token::state`, in the same order.
-    /// Needs no keys. A call is a frame, so it has room for about 3 million values: ask in parts.
-    ///
-    /// # Errors
-    /// `NotFound`. `InvalidArgument` for a statement that is about no states, and for a state that is none of its model's.
-    #[optional]
-    async fn commit(&self, cx: &Cx, statement: String, states: Vec<Vec<f32>>) -> Result<Vec<Hash32>>;
 
     /// The contract that checks proofs of a statement on an Ethereum chain, ready to be deployed.
     ///
@@ -111,7 +105,8 @@ pub struct Statement {
     pub kind: ProofKind,
     /// The proof system and its version: `groth16-bn254`.
     pub system: String,
-    /// Which circuit under which keys: a hash of the verifying key. `None` until it is prepared.
+    /// Which circuit under which keys, and how it is used where that can differ: a hash of the verifying key and of that. `None` until it
+    /// is prepared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<Hash32>,
     /// The digest of the model that it is about, where it is about one: [`Loaded::digest`](crate::inference::Loaded::digest).
@@ -174,7 +169,7 @@ pub struct Estimate {
     /// The most memory that `prove` takes, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
-    /// The size of a proof, in bytes.
+    /// The size of a proof, in bytes; `None` where it depends on what is proven.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proof_bytes: Option<u64>,
 }
@@ -211,9 +206,6 @@ pub struct Task {
 pub enum Witness {
     /// Of a commitment: what [`About`] has is all.
     None,
-    /// Of an output head at one position alone: the model's last state there, after the final norm and before the head, and the token that
-    /// was chosen.
-    State { position: u32, values: Vec<f32>, token: u32 },
     /// Of an output head: the tokens of the output, and the model's last state before each, after the final norm and before the head.
     /// `draw` says at which positions the proof is made: for a posted job it is [`Chain::draw`](crate::chain::Chain::draw).
     Answer { tokens: Vec<u32>, states: Vec<Vec<f32>>, draw: Hash32 },
@@ -229,8 +221,6 @@ pub enum Witness {
 pub enum Claim {
     /// Nothing more.
     None,
-    /// At this position the head chooses this token for the state with this commitment.
-    Token { position: u32, token: u32, state: Hash32 },
     /// At the positions that `draw` gives, of `tokens` ones, the head chooses the token for the state under the root `trace`.
     Answer { trace: Hash32, tokens: u32, draw: Hash32 },
     /// The model gives these outputs; `inputs` is their commitment.

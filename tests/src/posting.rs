@@ -306,6 +306,12 @@ impl Clients {
         self.logs(event, job).await.len()
     }
 
+    /// The block in which the contract has told of this last, for a job.
+    pub async fn block_of(&self, event: &str, job: u64) -> u64 {
+        let logs = self.logs(event, job).await;
+        number(&logs.last().expect("it was told")["blockNumber"]) as u64
+    }
+
     async fn logs(&self, event: &str, job: u64) -> Vec<Value> {
         let topic = format!("0x{}", hex::encode(Keccak256::digest(event)));
         let topics = json!([topic, format!("0x{job:064x}")]);

@@ -133,6 +133,13 @@ pub(super) fn amount(text: &str) -> Result<Amount, String> {
     market::parse(text).map_err(|error| error.to_string())
 }
 
+/// An account of a command line.
+pub(super) fn account(text: &str) -> Result<String, String> {
+    let is_one =
+        text.strip_prefix("0x").is_some_and(|digits| digits.len() == 40 && digits.bytes().all(|b| b.is_ascii_hexdigit()));
+    if is_one { Ok(text.to_lowercase()) } else { Err("an account is 0x and 40 hexadecimal digits".into()) }
+}
+
 /// The time that a call to the plugin may take.
 pub(super) fn cx() -> Cx {
     Cx::new().with_timeout(Duration::from_secs(30))
@@ -156,12 +163,13 @@ pub(super) async fn at_desk<T>(
     most: Amount,
     work: impl AsyncFnOnce(&Desk) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let limits = Limits {
-        value_wei: most.0,
-        fee_wei: config.market.max_fee_wei.into(),
-        daily_fee_wei: config.market.daily_fee_wei.into(),
-    };
+    let limits = limits(config, most);
     with_chain(config, async |chain| work(&Desk::begin(chain.clone(), account, limits).await?).await).await
+}
+
+/// What an account may spend. `most` is what one transaction may send along.
+pub(super) fn limits(config: &Config, most: Amount) -> Limits {
+    Limits { value_wei: most.0, fee_wei: config.market.max_fee_wei.into(), daily_fee_wei: config.market.daily_fee_wei.into() }
 }
 
 /// What has happened in the market up to the newest block.

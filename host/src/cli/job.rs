@@ -15,6 +15,7 @@ use crate::clock::now_ms;
 use crate::market::history::{Division, History, division_in, job_of};
 use crate::market::{Desk, coins};
 
+mod dispute;
 mod post;
 mod result;
 mod status;
@@ -59,6 +60,17 @@ enum Action {
         #[command(flatten)]
         shared: Shared,
     },
+    Challenge(Box<dispute::Challenge>),
+    /// Has the arbiter of a challenged job ruled, and divides its money as it says.
+    ///
+    /// Anyone may, client, node or arbiter. Where the arbiter has not ruled in time, the job ends as its contract says: a node that has
+    /// proven is paid and has the bond of the challenge, and otherwise its client has the money back.
+    Resolve {
+        /// The job's number.
+        id: JobId,
+        #[command(flatten)]
+        shared: Shared,
+    },
 }
 
 impl Job {
@@ -69,6 +81,8 @@ impl Job {
             Action::Status { id: None, shared } => status::all(&shared, json),
             Action::Result(result) => result.execute(json),
             Action::Cancel { id, shared } => cancel(id, &shared, json),
+            Action::Challenge(challenge) => challenge.execute(json),
+            Action::Resolve { id, shared } => dispute::resolve(id, &shared, json),
             Action::Accept { id, shared } => {
                 let config = shared.prepare(json)?;
                 let account = shared.account.open(&config)?;

@@ -3,22 +3,26 @@
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use fabstir_plugin_api::chain::{Hash32, JobId, Sure};
+use fabstir_plugin_api::chain::{Chain, Hash32, Job as Posting, JobId, JobResult, ModelId, Sure};
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::prover::{About, Claim, Estimate, Proof, ProofKind, Prover, Statement, Task, Witness};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::account::{cx, of_plugin, with_chain};
+use super::account::{cx, history, of_plugin, with_chain};
 use super::network::on_threads;
 use super::{ConfigArgs, Failure, log, print, table};
 use crate::config::Config;
+use crate::market::history::{job_of, result_in};
 use crate::market::proving;
 use crate::supervisor::{Alone, entries};
 
+/// How long reading the market's history may take.
+const HISTORY: Duration = Duration::from_secs(120);
 /// The longest that a proof may take to be made.
 const PROVE: Duration = Duration::from_secs(3600);
 /// The largest file of a proof, in bytes.
@@ -62,8 +66,8 @@ pub struct Prove {
 /// Checks a proof from a file.
 ///
 /// It holds only if its statement is one of a prover plugin here, under the same keys. Without --input and --output, what it is about is
-/// taken as it stands in the file; with --job, it must be about that job of the market, as the chain has it. Exits with 1 if it does not
-/// hold, or cannot be checked.
+/// taken as it stands in the file; with --job, its model, input, output and, where it is about tokens, their trace, their number and the
+/// draw must be those that the chain has of that job. Exits with 1 if it does not hold, or cannot be checked.
 #[derive(Debug, Args)]
 pub struct Verify {
     /// The proof's file.
@@ -393,17 +397,61 @@ impl Verify {
                 (None, false) => not("its subject is not made from its model, input and output".into()),
             };
         };
-        let (subject, terms) = on_threads(with_chain(config, async |chain| {
-            let subject = chain.subject(&cx(), id, Sure::Latest).await.map_err(|error| of_plugin(&error))?;
-            Ok((subject, chain.job(&cx(), id, Sure::Latest).await.map_err(|error| of_plugin(&error))?.terms))
-        }))?;
-        if subject != *stated {
-            return not(format!("the proof is about something else than job {id} of this market"));
+        let delivered = on_threads(with_chain(config, async |chain| Delivered::read(chain, id, model, &proof.claim).await))?;
+        match delivered.differs(proof) {
+            Some(what) => not(format!("the proof is not about job {id} of this market: {what}")),
+            None => Ok(()),
         }
-        if terms.proof_kind != 0 && terms.program != proof.program {
-            return not(format!("job {id} asks for a proof by the program {}, this one is by {}", terms.program, proof.program));
+    }
+}
+
+/// What the chain has of a job that a proof is held against.
+struct Delivered {
+    subject: Hash32,
+    job: Posting,
+    /// What the chain calls the model that the proof names.
+    model: ModelId,
+    result: JobResult,
+    /// Where positions of it were drawn, if the proof is about positions.
+    draw: Option<Hash32>,
+}
+
+impl Delivered {
+    async fn read(chain: &Arc<dyn Chain>, id: JobId, model: &str, claim: &Claim) -> Result<Self, Failure> {
+        let failed = |error: PluginError| of_plugin(&error);
+        let subject = chain.subject(&cx(), id, Sure::Latest).await.map_err(failed)?;
+        let job = chain.job(&cx(), id, Sure::Latest).await.map_err(failed)?;
+        let model = chain.model_id(&cx(), model.to_owned()).await.map_err(failed)?;
+        let happened = history(chain, move |event| job_of(event) == Some(id), HISTORY).await?;
+        let none = || Failure::new(Failure::FAILED, "no_result", format!("the chain tells of no result of job {id}"));
+        let result = result_in(happened.events()).cloned().ok_or_else(none)?;
+        let draw = match claim {
+            Claim::Answer { .. } if result.trace.is_some() => Some(chain.draw(&cx(), id).await.map_err(failed)?),
+            _ => None,
+        };
+        Ok(Self { subject, job, model, result, draw })
+    }
+
+    /// What of a proof is not what the chain has.
+    fn differs(&self, proof: &Proof) -> Option<String> {
+        let (about, terms, result) = (&proof.about, &self.job.terms, &self.result);
+        let mut compared = vec![
+            ("subject", about.subject.clone(), self.subject.clone()),
+            ("model", self.model.clone(), terms.model.clone()),
+            ("input", about.input.clone(), self.job.input_commitment.clone()),
+            ("output", about.output.clone(), result.output_commitment.clone()),
+        ];
+        if terms.proof_kind != 0 {
+            compared.push(("program", proof.program.clone(), terms.program.clone()));
         }
-        Ok(())
+        if let Claim::Answer { trace, tokens, draw } = &proof.claim {
+            let known = |word: &Option<Hash32>| word.clone().unwrap_or_else(|| "none".into());
+            compared.push(("trace", trace.clone(), known(&result.trace)));
+            compared.push(("number of tokens", tokens.to_string(), result.output_tokens.to_string()));
+            compared.push(("draw", draw.clone(), known(&self.draw)));
+        }
+        let other = compared.into_iter().find(|(_, stated, known)| stated != known)?;
+        Some(format!("its {} is {}, that of the job {}", other.0, other.1, other.2))
     }
 }
 
@@ -523,9 +571,6 @@ fn about_words(file: &ProofFile) -> String {
         ["output".into(), output.clone()],
     ];
     rows.extend(match &file.claim {
-        Claim::Token { position, token, state } => {
-            Some(["claim".into(), format!("at position {position} token {token}, for the state {state}")])
-        }
         Claim::Answer { trace, tokens, draw } => {
             Some(["claim".into(), format!("at positions that {draw} draws, of {tokens} tokens under the root {trace}")])
         }
@@ -546,6 +591,69 @@ mod tests {
         for other in [subject("x", "b", "c"), subject("a", "x", "c"), subject("a", "b", "x"), subject("ab", "", "c")] {
             assert_ne!(one, other);
         }
+    }
+
+    /// A change of a proof, and the word for what is not the job's then.
+    type Change = (&'static str, fn(&mut Proof));
+
+    #[test]
+    fn a_proof_is_a_jobs_only_with_all_that_the_chain_has_of_it() {
+        let word = |digit: &str| format!("0x{}", digit.repeat(64));
+        let about = About { subject: word("1"), job: Some(7), model: "2".repeat(64), input: word("3"), output: word("4") };
+        let claim = Claim::Answer { trace: word("6"), tokens: 9, draw: word("7") };
+        let proof = Proof {
+            statement: "output-head:tiny".into(),
+            system: "groth16-bn254".into(),
+            program: word("5"),
+            about,
+            claim,
+            public_inputs: vec![],
+            proof: vec![],
+        };
+        let mut row = crate::market::seller::jobs::example(7);
+        (row.terms.model, row.terms.program, row.terms.proof_kind) = (word("2"), word("5"), 2);
+        let job = Posting {
+            client: row.client,
+            terms: row.terms,
+            input_commitment: word("3"),
+            state: fabstir_plugin_api::chain::JobState::Proven,
+            host: None,
+            until_s: None,
+            attempts: 1,
+            proven: true,
+        };
+        let result = JobResult {
+            output_commitment: word("4"),
+            trace: Some(word("6")),
+            input_tokens: 1,
+            output_tokens: 9,
+            result_ref: String::new(),
+        };
+        let mut delivered = Delivered { subject: word("1"), job, model: word("2"), result, draw: Some(word("7")) };
+        assert_eq!(delivered.differs(&proof), None);
+        fn claim_of(proof: &mut Proof, change: impl FnOnce(&mut Hash32, &mut u32, &mut Hash32)) {
+            let Claim::Answer { trace, tokens, draw } = &mut proof.claim else { unreachable!("it is one") };
+            change(trace, tokens, draw);
+        }
+        // A maker who chooses the draw, or makes a tree of one leaf, proves what is easy.
+        let changes: [Change; 7] = [
+            ("subject", |proof| proof.about.subject = "0x".into()),
+            ("input", |proof| proof.about.input = "0x".into()),
+            ("output", |proof| proof.about.output = "0x".into()),
+            ("program", |proof| proof.program = "0x".into()),
+            ("trace", |proof| claim_of(proof, |trace, _, _| *trace = "0x".into())),
+            ("number of tokens", |proof| claim_of(proof, |_, tokens, _| *tokens = 1)),
+            ("draw", |proof| claim_of(proof, |_, _, draw| *draw = "0x".into())),
+        ];
+        for (what, change) in changes {
+            let mut other = proof.clone();
+            change(&mut other);
+            assert!(delivered.differs(&other).is_some_and(|why| why.contains(what)), "{what}");
+        }
+        delivered.model = word("8");
+        assert!(delivered.differs(&proof).is_some_and(|why| why.contains("model")));
+        (delivered.model, delivered.result.trace, delivered.draw) = (word("2"), None, None);
+        assert!(delivered.differs(&proof).is_some_and(|why| why.contains("trace")), "its job has none");
     }
 
     #[test]

@@ -64,6 +64,8 @@ fn every_command_takes_json() {
         "job status",
         "job result 1",
         "job cancel 1",
+        "job challenge 1",
+        "job resolve 1",
         "job accept 1",
         "earnings",
         "purchases",
@@ -108,4 +110,15 @@ fn a_setting_without_a_value_is_refused() {
 fn a_reader_who_has_seen_enough_is_no_failure() {
     assert_eq!(Failure::from(io::Error::from(io::ErrorKind::BrokenPipe)).exit, 0);
     assert_eq!(Failure::from(io::Error::from(io::ErrorKind::StorageFull)).exit, Failure::FAILED);
+}
+
+#[test]
+fn what_strangers_have_written_commands_no_terminal() {
+    let rows = [["says".to_owned(), "all is well\x1b[2J\nset-up  sound\u{9b}31m\r".to_owned()]];
+    assert_eq!(table(&rows), "says  all is well\\u{1b}[2J\\nset-up  sound\\u{9b}31m\\r");
+    assert_eq!(as_text("one\n\ttwo\x07"), "one\n\ttwo\\u{7}");
+    let value = json!({ "says": "\u{1b}[2J \u{9b}2J" });
+    let text = as_json(&value);
+    assert!(!text.contains(['\u{1b}', '\u{9b}']), "{text}");
+    assert_eq!(serde_json::from_str::<Value>(&text).expect("is JSON"), value, "and reads back as it was");
 }

@@ -229,6 +229,7 @@ impl Check<'_> {
             "plugin-id" => plugin_id(text),
             "public-key" => public_key(text),
             "origin" => origin(text),
+            "account" => account(text),
             _ if text.is_empty() => Err(("it is empty".into(), None)),
             _ => Ok(()),
         };
@@ -359,6 +360,14 @@ fn plugin_id(text: &str) -> Verdict {
     let better = better.trim_matches('-');
     let fix = (!better.is_empty()).then(|| format!("write \"{better}\""));
     Err(("an id is 1 to 64 lower-case letters, digits and `-` between them".into(), fix))
+}
+
+fn account(text: &str) -> Verdict {
+    let digits = text.strip_prefix("0x").unwrap_or_default();
+    match digits.len() == 40 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        true => Ok(()),
+        false => Err(("an account is `0x` and 40 hexadecimal digits".into(), None)),
+    }
 }
 
 fn public_key(text: &str) -> Verdict {

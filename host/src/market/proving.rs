@@ -1,14 +1,18 @@
 //! Proofs of posted jobs: which of the prover plugins can make one that a job asks for, and having it made.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fabstir_plugin_api::chain::{ChainNetwork, Hash32};
+use fabstir_plugin_api::chain::{Chain, ChainNetwork, Hash32, JobTerms, ModelId};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError, Result};
 use fabstir_plugin_api::prover::{Preparing, Proof, ProofKind, Prover, Proving, Statement, Task};
 
-use crate::routes::Routes;
+use parking_lot::Mutex;
+
+use super::seller::jobs::is_about;
+use crate::routes::{Route, Routes};
 
 /// How long a prover may take to say what it proves.
 const ASK: Duration = Duration::from_secs(5);
@@ -21,15 +25,21 @@ pub struct Provable {
     pub kind: ProofKind,
     pub program: Hash32,
     pub statement: Statement,
+    /// What the chain calls the model that it is about, where it is about one.
+    pub model: Option<ModelId>,
     /// Processor time that a proof takes, in milliseconds, where it was measured.
     pub takes_ms: Option<u64>,
+    /// The size of a proof, in bytes, where that is always the same.
+    pub proof_bytes: Option<u64>,
     pub prover: Arc<dyn Prover>,
 }
 
 impl Provable {
     /// Whether its proofs are what a job asks for.
-    pub fn is_of(&self, kind: u8, program: &str) -> bool {
-        self.kind.number() == Some(kind) && self.program == program
+    pub fn is_of(&self, terms: &JobTerms) -> bool {
+        self.kind.number() == Some(terms.proof_kind)
+            && self.program == terms.program
+            && is_about(terms.proof_kind, self.model.as_ref(), &terms.model)
     }
 }
 
@@ -45,15 +55,27 @@ pub fn is_development(network: &ChainNetwork) -> bool {
     matches!(network.chain.as_str(), "eip155:31337" | "eip155:1337")
 }
 
+/// Which instances of prover plugins were asked to make their keys, and whether they have.
+#[derive(Default)]
+pub struct Prepared(Mutex<HashMap<(String, u64), bool>>);
+
+impl Prepared {
+    fn of(&self, route: &Route<dyn Prover>) -> Option<bool> {
+        self.0.lock().get(&(route.plugin.clone(), route.generation)).copied()
+    }
+}
+
 /// What the prover plugins can prove now for jobs of a chain. Where somebody may know the secret of a set-up, its proofs are for
 /// development chains alone.
-pub async fn provable(routes: &Routes, network: &ChainNetwork) -> Provables {
+pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork, prepared: &Prepared) -> Provables {
     let mut found = Provables::default();
     for route in &routes.prover {
         let cx = Cx::new().with_timeout(ASK);
         let statements = match route.client.statements(&cx).await {
             Ok(statements) => statements,
             Err(error) => {
+                // It may in a moment: nothing is known about what it proves.
+                found.is_preparing |= error.code.is_retryable();
                 tracing::warn!(plugin = %route.plugin, %error, "A prover does not say what it proves.");
                 continue;
             }
@@ -63,40 +85,78 @@ pub async fn provable(routes: &Routes, network: &ChainNetwork) -> Provables {
                 continue;
             }
             let Some(program) = statement.program.clone() else {
-                found.is_preparing = true;
+                // What could not be made is made again, and nobody waits for that.
+                found.is_preparing |= prepared.of(route).is_none();
                 continue;
             };
-            let takes_ms = route.client.estimate(&cx, statement.id.clone()).await.ok().and_then(|estimate| estimate.prove_cpu_ms);
-            let kind = statement.kind;
-            found.ready.push(Provable { kind, program, statement, takes_ms, prover: route.client.clone() });
+            let model = match &statement.model {
+                None => None,
+                Some(digest) => match chain.model_id(&cx, digest.clone()).await {
+                    Ok(id) => Some(id),
+                    Err(error) => {
+                        found.is_preparing |= error.code.is_retryable();
+                        continue;
+                    }
+                },
+            };
+            let estimate = route.client.estimate(&cx, statement.id.clone()).await.unwrap_or_default();
+            // A node is asked for no proof before it was, and the first tells how long they take.
+            found.is_preparing |= estimate.prove_cpu_ms.is_none() && prepared.of(route).is_none();
+            let (kind, prover) = (statement.kind, route.client.clone());
+            let (takes_ms, proof_bytes) = (estimate.prove_cpu_ms, estimate.proof_bytes);
+            found.ready.push(Provable { kind, program, statement, model, takes_ms, proof_bytes, prover });
         }
     }
     found
 }
 
-/// Makes the keys of every statement that has none yet, one after the other.
-pub async fn prepare(routes: &Routes, network: &ChainNetwork) {
-    for route in &routes.prover {
-        let Ok(statements) = route.client.statements(&Cx::new().with_timeout(ASK)).await else { continue };
-        for statement in statements.into_iter().filter(|statement| statement.program.is_none()) {
-            if statement.is_development && !is_development(network) {
-                tracing::warn!(
-                    plugin = %route.plugin, statement = statement.id, chain = network.chain,
-                    "Its set-up is for development, so that no proofs of it are made for jobs of this chain."
-                );
-                continue;
+/// Checks the keys of every statement, makes those that are not there, one after the other, and sees how long proofs take; `false` where that
+/// has to be tried again. A bond that is put up for a proof is lost where its keys turn out to be damaged.
+pub async fn prepare(routes: &Routes, network: &ChainNetwork, prepared: &Prepared) -> bool {
+    let is_there =
+        |plugin: &str, generation| routes.prover.iter().any(|route| route.plugin == plugin && route.generation == generation);
+    prepared.0.lock().retain(|(plugin, generation), _| is_there(plugin, *generation));
+    let mut all = true;
+    for route in routes.prover.iter().filter(|route| prepared.of(route) != Some(true)) {
+        let done = prepare_one(route, network).await;
+        prepared.0.lock().insert((route.plugin.clone(), route.generation), done);
+        all &= done;
+    }
+    all
+}
+
+async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork) -> bool {
+    let cx = Cx::new().with_timeout(ASK);
+    let Ok(statements) = route.client.statements(&cx).await else { return false };
+    let mut all = true;
+    for statement in statements {
+        if statement.is_development && !is_development(network) {
+            tracing::warn!(
+                plugin = %route.plugin, statement = statement.id, chain = network.chain,
+                "Its set-up is for development, so that no proofs of it are made for jobs of this chain."
+            );
+            continue;
+        }
+        tracing::info!(plugin = %route.plugin, statement = statement.id, "Looking after the keys of proofs.");
+        let made = match prepared(&*route.client, &statement.id).await {
+            // What was damaged is out of the way now.
+            Err(error) if error.code == Code::Corrupt => {
+                tracing::warn!(plugin = %route.plugin, statement = statement.id, %error, "Keys of proofs are made anew.");
+                prepared(&*route.client, &statement.id).await
             }
-            tracing::info!(plugin = %route.plugin, statement = statement.id, "Making the keys of proofs.");
-            match prepared(&*route.client, &statement.id).await {
-                Ok(statement) => {
-                    tracing::info!(plugin = %route.plugin, statement = statement.id, program = statement.program, "Jobs can be proven.");
-                }
-                Err(error) => {
-                    tracing::error!(plugin = %route.plugin, statement = statement.id, %error, "No keys of proofs could be made.");
-                }
+            made => made,
+        };
+        match made {
+            Ok(statement) => {
+                tracing::info!(plugin = %route.plugin, statement = statement.id, program = statement.program, "Jobs can be proven.");
+            }
+            Err(error) => {
+                all = false;
+                tracing::error!(plugin = %route.plugin, statement = statement.id, %error, "No keys of proofs could be made.");
             }
         }
     }
+    all
 }
 
 /// Makes what proofs of a statement need.

@@ -16,7 +16,8 @@ use fabstir_plugin_api::transport::PeerId;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Desk, DeskError, Journal, JournalError, Limits, Prices, proving};
+use super::proving::{self, Prepared};
+use super::{Desk, DeskError, Journal, JournalError, Limits, Prices};
 use crate::clock::now_ms;
 use crate::config::{self, Config};
 use crate::identity::{Account, KeyError, Keyring, Password, PasswordError};
@@ -33,6 +34,9 @@ use settling::Settling;
 
 /// The pause before something is tried again that did not work.
 const AGAIN: Duration = Duration::from_secs(2);
+
+/// The pause before keys of proofs are made again that could not be made.
+const PREPARE_AGAIN: Duration = Duration::from_secs(300);
 
 /// Why a node that is to be paid cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +64,7 @@ pub struct Seller {
     pub peer: OnceLock<PeerId>,
     pub tabs: Tabs,
     settling: Settling,
+    prepared: Prepared,
     /// When the node was started.
     started_ms: u64,
     account: Arc<Account>,
@@ -95,6 +100,7 @@ impl Seller {
             peer: OnceLock::new(),
             tabs: Tabs::default(),
             settling: Settling::default(),
+            prepared: Prepared::default(),
             started_ms: now_ms(),
             account: Arc::new(account),
             desk: watch::Sender::new(None),
@@ -158,16 +164,14 @@ impl Seller {
     /// Makes what proofs need, whenever there are other plugins. Ends with the plugins.
     async fn prepare_proofs(&self, desk: &Desk) {
         let mut routes = self.routes.clone();
-        let mut known = Vec::new();
         loop {
             let now = routes.borrow_and_update().clone();
-            let provers: Vec<_> = now.prover.iter().map(|route| (route.plugin.clone(), route.generation)).collect();
-            if self.config.jobs > 0 && provers != known {
-                proving::prepare(&now, &desk.network).await;
-                known = provers;
-            }
-            if routes.changed().await.is_err() {
-                return std::future::pending().await;
+            let is_done = self.config.jobs == 0 || proving::prepare(&now, &desk.network, &self.prepared).await;
+            tokio::select! {
+                () = tokio::time::sleep(PREPARE_AGAIN), if !is_done => {}
+                changed = routes.changed() => if changed.is_err() {
+                    return std::future::pending().await;
+                },
             }
         }
     }

@@ -25,7 +25,7 @@ const BLOCKS_OF_FEES: u64 = 5;
 
 /// A part of the chain that could not be read.
 #[derive(Debug, thiserror::Error)]
-enum Unread {
+pub enum Unread {
     #[error(transparent)]
     Provider(#[from] ProviderError),
     #[error("the endpoint has no {0}")]
@@ -52,7 +52,7 @@ async fn block<C: JsonRpcClient>(provider: &Provider<C>, tag: BlockNumber) -> Re
 }
 
 /// Twice the next block's base fee, which six full blocks in a row may reach, and the median of what others give on top.
-async fn fees<C: JsonRpcClient>(provider: &Provider<C>) -> Result<Fees, Unread> {
+pub async fn fees<C: JsonRpcClient>(provider: &Provider<C>) -> Result<Fees, Unread> {
     let history = provider.fee_history(BLOCKS_OF_FEES, BlockNumber::Latest, &[50.0]).await?;
     let next = history.base_fee_per_gas.last().ok_or(Unread::Missing("base fee"))?;
     let mut rewards: Vec<U256> = history.reward.iter().filter_map(|block| block.first().copied()).collect();

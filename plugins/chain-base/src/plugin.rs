@@ -171,7 +171,8 @@ impl Chain for BaseChain {
     async fn quote(&self, _: &Cx, act: Act) -> Result<Quote> {
         let account: Address = self.office().await?.account;
         let call = act::call(&self.settings, account, &act)?;
-        price(&self.pool, account, call).await
+        let limit = act::gas(&act, &call.data);
+        price(&self.pool, account, call, limit, self.settings.max_fee_per_gas).await
     }
 }
 

@@ -8,6 +8,7 @@ use ethers::utils::id;
 use fabstir_plugin_api::prelude::*;
 
 use crate::act::Call;
+use crate::acting::fees;
 use crate::contracts::{escrow, nodes};
 use crate::error::unread;
 use crate::hex::amount;
@@ -16,22 +17,22 @@ use crate::rpc::Pool;
 /// Where chains of the OP Stack say what posting a transaction to the layer below costs.
 const GAS_PRICE_ORACLE: H160 = H160([0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x0f]);
 
-pub async fn price(pool: &Pool, account: Address, call: Call) -> Result<Quote> {
+/// `limit` is the most gas that the call may use, `cap` the most that is offered for a unit of it.
+pub async fn price(pool: &Pool, account: Address, call: Call, limit: u64, cap: u128) -> Result<Quote> {
     let provider = Provider::new(pool.pinned().await.map_err(unread)?);
     let transaction = transaction(account, call);
-    let gas = match provider.estimate_gas(&transaction, None).await {
-        Ok(gas) => gas,
-        Err(error) => {
-            let refusal = Some(refusal(&error).ok_or_else(|| unread(error))?);
-            return Ok(Quote { fee: Amount(0), refusal });
-        }
+    let (gas, refusal) = match provider.estimate_gas(&transaction, None).await {
+        Ok(gas) => (gas, None),
+        Err(error) => (U256::from(limit), Some(refusal(&error).ok_or_else(|| unread(error))?)),
     };
     let history = provider.fee_history(1_u64, BlockNumber::Latest, &[50.0]).await.map_err(unread)?;
     let base = history.base_fee_per_gas.last().copied().unwrap_or_default();
     let reward = history.reward.first().and_then(|block| block.first()).copied().unwrap_or_default();
     let here = gas.saturating_mul(base.saturating_add(reward));
     let below = posting(&provider, &transaction).await?;
-    Ok(Quote { fee: amount(here.saturating_add(below))?, refusal: None })
+    let offered = fees(&provider).await.map_err(unread)?.within(cap);
+    let most = Some(Amount(offered.max_fee.saturating_mul(limit.into())));
+    Ok(Quote { fee: amount(here.saturating_add(below))?, most, refusal })
 }
 
 /// Why a call would have been refused after this block; `None` where it would not have been, or that cannot be read.

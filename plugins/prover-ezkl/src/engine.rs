@@ -392,6 +392,7 @@ fn record(circuit: &Circuit, shape: &Compiled) -> Result<Record, EzklError> {
         return Err(EzklError::Nonsense { doing: COMPILING, said });
     }
     Ok(Record {
+        recipe: String::new(),
         program: field::to_hex(&Word::default()),
         k: shape.k,
         rows: shape.rows,

@@ -7,7 +7,7 @@
 //! work/<random>/      what is being made, and witnesses; cleared when its owner has gone
 //! ```
 //!
-//! A record holds the BLAKE3 of every file and its own. A folder comes to its name whole, by a rename, and is never written again.
+//! A record holds the recipe, the BLAKE3 of every file and its own: a folder under the name of another circuit is none. A folder comes to its name whole, by a rename, and is never written again.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -36,6 +36,8 @@ pub const ALL: [&str; 6] = [CIRCUIT, SETTINGS, VK, PK, SRS, VKA];
 /// What is known about the keys of a circuit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
+    /// The hash of what the keys were made from.
+    pub recipe: String,
     /// BLAKE3 over the hashes of verifying key, contract's key and settings.
     pub program: String,
     pub k: u32,
@@ -113,7 +115,8 @@ impl Cabinet {
             Err(error) => return Err(EzklError::io("read", &folder)(error)),
         };
         let whole = text.split_once('\n').filter(|(hash, record)| blake3::hash(record.as_bytes()).to_hex().as_str() == *hash);
-        match whole.and_then(|(_, record)| serde_json::from_str(record).ok()) {
+        let record: Option<Record> = whole.and_then(|(_, record)| serde_json::from_str(record).ok());
+        match record.filter(|record| record.recipe == circuit.recipe) {
             Some(record) => Ok(Some(Keys { folder, record })),
             None => Err(self.set_aside(circuit, RECORD)),
         }
@@ -153,6 +156,7 @@ impl Cabinet {
             File::open(&path).and_then(|file| file.sync_all()).map_err(EzklError::io("write", &path))?;
             record.files.insert(file.into(), hash(&path).map_err(EzklError::io("read", &path))?);
         }
+        record.recipe = circuit.recipe.clone();
         record.program = program(&record);
         let path = made.path(RECORD);
         let text = serde_json::to_string(&record).unwrap_or_default();

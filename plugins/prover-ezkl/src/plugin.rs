@@ -147,7 +147,9 @@ fn statement(engine: &Engine, circuit: &Circuit) -> Result<Statement, EzklError>
             "Whoever made the proof knew a subject and digests of a model, an input and an output that have the stated Poseidon hash, and \
              the subject is the stated one."
                 .to_owned(),
-            "Whether any inference ran: it binds four values to each other, and nothing else.".to_owned(),
+            "Whether any inference ran: it binds four values to each other, and nothing else. On a chain only the subject is compared: the \
+             hash of the others is the prover's own there."
+                .to_owned(),
         ),
         Some(model) => (
             ProofKind::OnnxModel,

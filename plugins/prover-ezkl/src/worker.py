@@ -100,6 +100,14 @@ def poseidon(message):
     return ezkl.poseidon_hash(message)[0]
 
 
+REFUSED = (
+    "[halo2] The constraint system is not satisfied",
+    "[halo2] Multi-opening proof was invalid",
+    "[halo2] Transcript error",
+    "[halo2] Provided instances do not match the circuit",
+)
+
+
 def verify(instances, proof, file, settings, vk, srs):
     """Checks a proof for these instances: a proof's file holds none but them."""
     dump(
@@ -112,8 +120,8 @@ def verify(instances, proof, file, settings, vk, srs):
     except MemoryError:
         raise
     except BaseException as error:
-        # Files that cannot be read say nothing about the proof.
-        if "[io]" in str(error):
+        # What the proof system itself says of a proof. Everything else, such as keys that cannot be read, says nothing about it.
+        if not any(verdict in str(error) for verdict in REFUSED):
             raise
         return {"holds": False, "why": str(error)[:300]}
 

@@ -4,7 +4,6 @@
 use std::path::Path;
 
 use fabstir_plugin_api::prelude::*;
-use prover_groth16::trace::{self, Leaf, Opening};
 use prover_groth16::{Config, Groth16, ModelConfig};
 use serde_json::json;
 
@@ -41,23 +40,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let receipt = proof(&prover, task("commitment", Witness::None)).await?;
     let name = "output-head:tiny-chat";
     let states = states::random(head.width(), TOKENS as usize, 7);
-    let commitments = prover.commit(&Cx::new(), name.into(), states.clone()).await?;
-    let mut leaves = Vec::new();
-    for (position, (values, commitment)) in states.iter().zip(commitments).enumerate() {
-        let token = states::choice(&head, values)?;
-        let mut state = [0; 32];
-        hex::decode_to_slice(&commitment[2..], &mut state)?;
-        leaves.push(Leaf { position: position as u32, token, state });
-    }
-    let (mut openings, mut program) = (Vec::new(), String::new());
-    for position in trace::draw(&seed, &subject, SAMPLES, TOKENS) {
-        let leaf = leaves[position as usize];
-        let witness = Witness::State { position, values: states[position as usize].clone(), token: leaf.token };
-        let made = proof(&prover, task(name, witness)).await?;
-        program = made.program;
-        let path = trace::path(&leaves, position).ok_or("a drawn position has no leaf")?;
-        openings.push(Opening { leaf, path, proof: made.proof });
-    }
+    let tokens = states.iter().map(|values| states::choice(&head, values)).collect::<Result<Vec<_>, _>>()?;
+    let proven = proof(&prover, task(name, Witness::Answer { tokens, states, draw: text(&seed) })).await?;
+    let Claim::Answer { trace, .. } = &proven.claim else { return Err("no answer was proven".into()) };
     let mut keys = Vec::new();
     for statement in ["commitment", name] {
         let artifact: serde_json::Value =
@@ -75,11 +60,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         },
         "head": {
             "key": keys[1],
-            "program": program,
+            "program": proven.program,
             "subject": text(&subject),
             "seed": text(&seed),
-            "trace": text(&trace::root(&leaves).ok_or("no leaves")?),
-            "openings": text(&trace::encode(&openings)),
+            "trace": trace,
+            "openings": text(&proven.proof),
         },
     });
     std::fs::write(FILE, format!("{}\n", serde_json::to_string_pretty(&fixture)?))?;

@@ -12,8 +12,8 @@ pub struct Config {
     /// The models whose output heads can be proven, besides the statement `commitment`. Default: `[]`.
     /// Example: `[{ name = "tiny-chat", path = "models/tiny-chat/tiny-chat-q8_0.gguf" }]`.
     pub models: Vec<ModelConfig>,
-    /// How many positions of an answer the contract that checks a head draws, 1 to 16: each costs a proof, and about 260,000 gas.
-    /// Default: `4`. Example: `2`.
+    /// How many positions of an answer the contract that checks a head draws, 1 to 8: each costs a proof, and about 260,000 gas. It is part
+    /// of the program of a head: with another number, another contract has to be named to the market. Default: `4`. Example: `2`.
     pub samples: u32,
     /// Threads that prove and make keys. Default: `1`. Example: `4`.
     pub threads: u32,
@@ -51,7 +51,7 @@ impl Config {
             value if (1..=most).contains(&value) => Ok(()),
             _ => Err(PluginError::invalid(format!("`{key}` is {value}: set it to 1 to {most}"))),
         };
-        within("samples", self.samples.into(), 16)?;
+        within("samples", self.samples.into(), 8)?;
         within("threads", self.threads.into(), 1024)?;
         within("max_memory_mib", self.max_memory_mib, 1 << 24)?;
         let mut names = HashSet::new();
@@ -97,7 +97,7 @@ mod tests {
             assert!(check(&format!(r#"{{"{key}": 0}}"#)).unwrap_err().contains(key));
             assert!(check(&format!(r#"{{"{key}": 1}}"#)).is_ok());
         }
-        assert!(check(r#"{"samples": 17}"#).is_err());
+        assert!(check(r#"{"samples": 9}"#).is_err());
     }
 
     #[test]

@@ -77,18 +77,43 @@ impl Model {
 
     /// What identifies the head: a hash of its shape, its format and its bytes.
     pub fn head_hash(&self) -> Result<Word, Error> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{:?} {} x {} ", self.format, self.tokens, self.width).as_bytes());
+        let mut hasher = self.hasher();
         hasher.update_reader(self.bytes()?).map_err(Error::io("read", &self.path))?;
         Ok(hasher.finalize().into())
     }
 
+    /// The weights of the head, one row for each token, if they are still those of this [`head_hash`](Self::head_hash).
+    ///
+    /// # Errors
+    /// `Model` where the file has been replaced since.
+    pub fn weights_of(&self, hash: &Word) -> Result<Vec<f32>, Error> {
+        let bytes = self.read_head()?;
+        if self.hasher().update(&bytes).finalize().as_bytes() != hash {
+            return Err(self.refused("is another file than at the start: start the plugin again to prove what it is now"));
+        }
+        Ok(self.decoded(&bytes))
+    }
+
     /// The weights of the head, one row for each token.
     pub fn weights(&self) -> Result<Vec<f32>, Error> {
+        Ok(self.decoded(&self.read_head()?))
+    }
+
+    fn hasher(&self) -> blake3::Hasher {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?} {} x {} ", self.format, self.tokens, self.width).as_bytes());
+        hasher
+    }
+
+    fn read_head(&self) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
         self.bytes()?.read_to_end(&mut bytes).map_err(Error::io("read", &self.path))?;
+        Ok(bytes)
+    }
+
+    fn decoded(&self, bytes: &[u8]) -> Vec<f32> {
         let pair = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]);
-        Ok(match self.format {
+        match self.format {
             Format::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             Format::F16 => bytes.chunks_exact(2).map(|b| from_f16(pair(b))).collect(),
             Format::Bf16 => bytes.chunks_exact(2).map(|b| f32::from_bits(u32::from(pair(b)) << 16)).collect(),
@@ -100,7 +125,7 @@ impl Model {
                 };
                 blocks.flat_map(scaled).collect()
             }
-        })
+        }
     }
 
     /// An error for what is wrong with this model.

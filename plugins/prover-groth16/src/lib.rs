@@ -16,7 +16,7 @@ mod poseidon;
 mod prover;
 mod statement;
 mod store;
-pub mod trace;
+mod trace;
 mod wire;
 mod work;
 
@@ -25,7 +25,7 @@ use fabstir_plugin_api::prelude::*;
 pub use config::{Config, ModelConfig};
 pub use plugin::Groth16;
 
-#[plugin(provides = [Prover(commit, trace, verifier)], needs = ["fs.read"])]
+#[plugin(provides = [Prover(trace, verifier)], needs = ["fs.read"])]
 async fn init(host: Host, config: Config) -> Result<Groth16> {
     Groth16::open(host.state_dir().to_owned(), config).await
 }

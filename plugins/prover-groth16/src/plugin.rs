@@ -17,6 +17,8 @@ pub struct Groth16 {
     work: Arc<Work>,
     /// Held by whoever makes keys or proves: one after the other, so that memory is that of one.
     turn: Arc<Mutex<()>>,
+    /// Held by whoever makes a trace, which takes no keys: a result that waits for it cannot wait for proofs of others.
+    trace_turn: Arc<Mutex<()>>,
 }
 
 impl Groth16 {
@@ -27,7 +29,7 @@ impl Groth16 {
     pub async fn open(state_dir: PathBuf, config: Config) -> Result<Self> {
         config.check()?;
         let work = blocking(move || Work::open(&config, Store::open(&state_dir)?)).await?;
-        Ok(Self { work: Arc::new(work), turn: Arc::default() })
+        Ok(Self { work: Arc::new(work), turn: Arc::default(), trace_turn: Arc::default() })
     }
 
     /// Starts long work whose stream ends with one item, or with an error.
@@ -110,16 +112,18 @@ impl Prover for Groth16 {
         blocking(move || work.verify(place, &proof)).await
     }
 
-    async fn commit(&self, _: &Cx, statement: String, states: Vec<Vec<f32>>) -> Result<Vec<Hash32>> {
+    async fn trace(&self, cx: &Cx, statement: String, tokens: Vec<u32>, states: Vec<Vec<f32>>) -> Result<Hash32> {
         let place = self.place(&statement)?;
-        let work = self.work.clone();
-        blocking(move || work.commit(place, &states)).await
-    }
-
-    async fn trace(&self, _: &Cx, statement: String, tokens: Vec<u32>, states: Vec<Vec<f32>>) -> Result<Hash32> {
-        let place = self.place(&statement)?;
-        let work = self.work.clone();
-        blocking(move || work.trace(place, &tokens, &states)).await
+        let turn = tokio::select! {
+            turn = self.trace_turn.clone().lock_owned() => turn,
+            () = cx.cancelled() => return Err(Error::Ended.into()),
+        };
+        let (work, cx) = (self.work.clone(), cx.clone());
+        blocking(move || {
+            let _turn = turn;
+            work.trace(place, &tokens, &states, &|| cx.is_cancelled())
+        })
+        .await
     }
 
     async fn verifier(&self, _: &Cx, statement: String) -> Result<Contract> {

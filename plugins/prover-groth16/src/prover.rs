@@ -4,16 +4,14 @@ use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use ark_bn254::Fr;
 use fabstir_plugin_api::prelude::*;
 use tracing::{info, warn};
-
-use ark_bn254::Fr;
 
 use crate::config::Config;
 use crate::contract;
 use crate::error::Error;
-use crate::groth16::{self, PreparedKey};
-use crate::head::State;
+use crate::groth16::{self, PreparedKey, ProvingKey};
 use crate::statement::{Asked, Circuit, Known, Ready, SYSTEM, Subject};
 use crate::store::{Measured, Store, Took};
 use crate::trace;
@@ -37,7 +35,10 @@ pub struct Prover {
 
 /// What proofs are checked with.
 pub struct Keys {
+    /// As statements and proofs name it.
     pub program: Word,
+    /// That of the keys alone.
+    key_program: Word,
     pub key: PreparedKey,
 }
 
@@ -101,17 +102,19 @@ impl Prover {
         if all[place.0].is_none()
             && let Some(key) = self.store.verifying(&self.known(place).circuit)?
         {
-            all[place.0] = Some(Arc::new(Keys { program: wire::program(&key), key: key.into() }));
+            let key_program = wire::program(&key);
+            let program = self.known(place).program(&key_program, self.samples);
+            all[place.0] = Some(Arc::new(Keys { program, key_program, key: key.into() }));
         }
         Ok(all[place.0].clone())
     }
 
-    /// Makes keys where there are none, checks those that are there, and gives the statement.
+    /// Makes keys where there are none, checks those that are there, measures a proof where none was made yet, and gives the statement.
     pub fn prepare(&self, place: Place, told: Told<'_>, ended: Ended<'_>) -> Result<Statement, Error> {
         let known = self.known(place);
         self.forget(place);
         let checked = self.keys(place).and_then(|keys| match keys {
-            Some(keys) => self.store.proving(&known.circuit, &keys.program).map(|_| true),
+            Some(keys) => self.store.proving(&known.circuit, &keys.key_program).map(|_| true),
             None => Ok(false),
         });
         let there = checked.map_err(|error| {
@@ -122,6 +125,14 @@ impl Prover {
             self.set_up(place, told, ended)?;
         }
         let keys = self.prepared(place)?;
+        if self.store.measured(&known.circuit).prove.is_none() {
+            let ready = Ready::example(known)?;
+            let (_, took) = self.timed(None, told, ended, |work| {
+                let key = self.store.proving(&known.circuit, &keys.key_program)?;
+                proven(&keys.key, &ready, &key, work, ended)
+            })?;
+            self.note(known, Measured { prove: Some(took), ..self.store.measured(&known.circuit) });
+        }
         Ok(known.statement(Some(&keys.program)))
     }
 
@@ -151,42 +162,55 @@ impl Prover {
     pub fn prove(&self, place: Place, about: About, asked: Asked, told: Told<'_>, ended: Ended<'_>) -> Result<Proof, Error> {
         let known = self.known(place);
         self.room(known)?;
-        if let Asked::Answer { subject, job, tokens, states, draw } = asked {
-            let answer = Answer::read(known, &tokens, &states)?;
-            return self.prove_answer(place, about, (answer, subject, job, draw), told, ended);
-        }
-        let measured = self.store.measured(&known.circuit);
         // What is not true is refused before keys are made for it.
-        let ready = Ready::of(known, asked)?;
+        let answer = match &asked {
+            Asked::Receipt(_) => None,
+            Asked::Answer { tokens, states, .. } => Some(Answer::read(known, tokens, states, ended)?),
+        };
         if self.keys(place)?.is_none() {
             self.set_up(place, told, ended)?;
         }
         let keys = self.prepared(place)?;
-        let (proof, took) = self.timed(measured.prove, told, ended, |work| {
-            (told)(Stage {
-                doing: "reading the keys".into(),
-                percent: Some(0),
-                left_ms: measured.prove.map(|took| took.wall_ms),
-            });
-            let key = self.store.proving(&known.circuit, &keys.program)?;
-            let proof = groth16::prove(Circuit { ready: &ready, ended }, &key, work)?;
-            work.check()?;
-            Ok(wire::proof_bytes(&proof))
+        let before = self.store.measured(&known.circuit).prove.map(|took| took.times(self.proofs(known)));
+        let ((claim, public_inputs, proof), took) = self.timed(before, told, ended, |work| {
+            (told)(Stage { doing: "reading the keys".into(), percent: Some(0), left_ms: before.map(|took| took.wall_ms) });
+            let key = self.store.proving(&known.circuit, &keys.key_program)?;
+            let one = |ready: &Ready| proven(&keys.key, ready, &key, work, ended);
+            match (asked, answer) {
+                (Asked::Answer { subject, job, draw, .. }, Some(answer)) => {
+                    let word = wire::word(subject);
+                    let positions = trace::draw(&draw, &word, self.samples, answer.tokens());
+                    let opened = |position| answer.opening(position, one(&answer.ready(subject, position))?);
+                    let openings = positions.into_iter().map(opened).collect::<Result<Vec<_>, _>>()?;
+                    Ok((answer.claim(&draw), answer::public_inputs(&word, job), trace::encode(&openings)))
+                }
+                (Asked::Receipt(receipt), _) => {
+                    let ready = Ready::Receipt(receipt);
+                    let proof = one(&ready)?;
+                    Ok((Claim::None, words(&ready.inputs()), proof))
+                }
+                (Asked::Answer { .. }, None) => Err(Error::Internal("an answer was not read".into())),
+            }
         })?;
-        let inputs = ready.inputs();
-        if !wire::proof(&proof).is_some_and(|proof| groth16::holds(&keys.key, &inputs, &proof)) {
-            return Err(Error::Internal("the proof that was made does not hold: it is not handed out".into()));
-        }
+        let took = took.shared(self.proofs(known));
         self.note(known, Measured { prove: Some(took), ..self.store.measured(&known.circuit) });
         Ok(Proof {
             statement: known.id.clone(),
             system: SYSTEM.into(),
             program: wire::hash_text(&keys.program),
             about,
-            claim: ready.claim(),
-            public_inputs: inputs.into_iter().flat_map(wire::word).collect(),
+            claim,
+            public_inputs,
             proof,
         })
+    }
+
+    /// How many proofs of the circuit a proof of the statement is.
+    fn proofs(&self, known: &Known) -> u64 {
+        match &known.subject {
+            Subject::Commitment => 1,
+            Subject::Head { .. } => self.samples.into(),
+        }
     }
 
     pub fn verify(&self, place: Place, proof: &Proof) -> Result<Verdict, Error> {
@@ -196,96 +220,30 @@ impl Prover {
         let Some(keys) = keys.filter(|_| proof.program == has) else {
             return Err(Error::NoProgram { statement: known.id.clone(), program: proof.program.clone(), has });
         };
-        let wrong = |why: &str| Ok(Verdict { holds: false, why: Some(why.to_owned()) });
-        if proof.system != SYSTEM {
-            return wrong(&format!("it is a proof of another system than {SYSTEM}"));
-        }
-        if matches!(proof.claim, Claim::Answer { .. }) {
-            return Ok(match answer::check(known, &keys.key, self.samples, proof) {
-                Ok(()) => Verdict { holds: true, why: None },
-                Err(why) => Verdict { holds: false, why: Some(why) },
-            });
-        }
-        let inputs = match known.inputs(&proof.about, &proof.claim) {
-            Ok(inputs) => inputs,
-            Err(why) => return wrong(&why),
+        let checked = match (&known.subject, &proof.claim) {
+            _ if proof.system != SYSTEM => Err(format!("it is a proof of another system than {SYSTEM}")),
+            (Subject::Commitment, Claim::None) => receipt(known, &keys.key, proof),
+            (Subject::Head { .. }, Claim::Answer { .. }) => answer::check(known, &keys.key, self.samples, proof),
+            _ => Err("the claim is not one of this statement's".into()),
         };
-        let words: Vec<u8> = inputs.iter().flat_map(|input| wire::word(*input)).collect();
-        if words != proof.public_inputs {
-            return wrong("its public inputs are not those of what it says");
-        }
-        let Some(points) = wire::proof(&proof.proof) else {
-            return wrong("it is not three points of the curve in 256 bytes");
-        };
-        match groth16::holds(&keys.key, &inputs, &points) {
-            true => Ok(Verdict { holds: true, why: None }),
-            false => wrong("it does not prove this"),
-        }
+        Ok(Verdict { holds: checked.is_ok(), why: checked.err() })
     }
 
     /// The root over an answer, if all of it could be proven.
-    pub fn trace(&self, place: Place, tokens: &[u32], states: &[Vec<f32>]) -> Result<Hash32, Error> {
-        Ok(wire::hash_text(&Answer::read(self.known(place), tokens, states)?.root()))
-    }
-
-    /// Proves an answer at the positions that are drawn.
-    fn prove_answer(
-        &self,
-        place: Place,
-        about: About,
-        (answer, subject, job, draw): (Answer, Fr, Option<u64>, Word),
-        told: Told<'_>,
-        ended: Ended<'_>,
-    ) -> Result<Proof, Error> {
-        let known = self.known(place);
-        if self.keys(place)?.is_none() {
-            self.set_up(place, told, ended)?;
-        }
-        let keys = self.prepared(place)?;
-        let measured = self.store.measured(&known.circuit);
-        let (openings, took) = self.timed(measured.prove, told, ended, |work| {
-            let key = self.store.proving(&known.circuit, &keys.program)?;
-            let mut openings = Vec::new();
-            for position in trace::draw(&draw, &wire::word(subject), self.samples, answer.tokens()) {
-                let ready = answer.ready(subject, position);
-                let proof = wire::proof_bytes(&groth16::prove(Circuit { ready: &ready, ended }, &key, work)?);
-                work.check()?;
-                if !wire::proof(&proof).is_some_and(|proof| groth16::holds(&keys.key, &ready.inputs(), &proof)) {
-                    return Err(Error::Internal("a proof that was made does not hold: it is not handed out".into()));
-                }
-                openings.push(answer.opening(position, proof)?);
-            }
-            Ok(openings)
-        })?;
-        self.note(known, Measured { prove: Some(took), ..self.store.measured(&known.circuit) });
-        Ok(Proof {
-            statement: known.id.clone(),
-            system: SYSTEM.into(),
-            program: wire::hash_text(&keys.program),
-            about,
-            claim: answer.claim(&draw),
-            public_inputs: answer::public_inputs(&wire::word(subject), job),
-            proof: trace::encode(&openings),
-        })
-    }
-
-    /// What stands for states of the statement's model.
-    pub fn commit(&self, place: Place, states: &[Vec<f32>]) -> Result<Vec<Hash32>, Error> {
-        let Subject::Head { model, .. } = &self.known(place).subject else {
-            return Err(Error::Task("a commitment is about no states: ask an output head".into()));
-        };
-        let commit = |values: &Vec<f32>| Ok(wire::hash_text(&wire::word(State::round(values, model.width)?.commitment())));
-        states.iter().map(commit).collect()
+    pub fn trace(&self, place: Place, tokens: &[u32], states: &[Vec<f32>], ended: Ended<'_>) -> Result<Hash32, Error> {
+        Ok(wire::hash_text(&Answer::read(self.known(place), tokens, states, ended)?.root()))
     }
 
     pub fn estimate(&self, place: Place) -> Estimate {
-        let measured = self.store.measured(&self.known(place).circuit);
+        let known = self.known(place);
+        let measured = self.store.measured(&known.circuit);
         let prepared = matches!(self.keys(place), Ok(Some(_)));
         Estimate {
             prepare_cpu_ms: if prepared { Some(0) } else { measured.prepare.map(|took| took.cpu_ms) },
-            prove_cpu_ms: measured.prove.map(|took| took.cpu_ms),
+            prove_cpu_ms: measured.prove.map(|took| took.times(self.proofs(known)).cpu_ms),
             memory: measured.prove.and_then(|took| took.memory),
-            proof_bytes: Some(wire::PROOF_BYTES as u64),
+            // That of an answer grows with its tokens, by the paths to them.
+            proof_bytes: matches!(known.subject, Subject::Commitment).then_some(wire::PROOF_BYTES as u64),
         }
     }
 
@@ -331,6 +289,36 @@ impl Prover {
         if let Err(error) = self.store.measure(&known.circuit, &measured) {
             warn!(statement = %known.id, %error, "What the work took could not be noted.");
         }
+    }
+}
+
+/// A proof, in bytes, that holds.
+fn proven(key: &PreparedKey, ready: &Ready, proving: &ProvingKey, work: &Work<'_>, ended: Ended<'_>) -> Result<Vec<u8>, Error> {
+    let proof = wire::proof_bytes(&groth16::prove(Circuit { ready, ended }, proving, work)?);
+    work.check()?;
+    match wire::proof(&proof).is_some_and(|proof| groth16::holds(key, &ready.inputs(), &proof)) {
+        true => Ok(proof),
+        false => Err(Error::Internal("the proof that was made does not hold: it is not handed out".into())),
+    }
+}
+
+fn words(inputs: &[Fr]) -> Vec<u8> {
+    inputs.iter().flat_map(|input| wire::word(*input)).collect()
+}
+
+/// Checks a proof of a commitment.
+///
+/// # Errors
+/// Why it does not hold.
+fn receipt(known: &Known, key: &PreparedKey, proof: &Proof) -> Result<(), String> {
+    let inputs = known.receipt(&proof.about)?.inputs();
+    if words(&inputs) != proof.public_inputs {
+        return Err("its public inputs are not those of what it says".into());
+    }
+    let points = wire::proof(&proof.proof).ok_or("it is not three points of the curve in 256 bytes")?;
+    match groth16::holds(key, &inputs, &points) {
+        true => Ok(()),
+        false => Err("it does not prove this".into()),
     }
 }
 

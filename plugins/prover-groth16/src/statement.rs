@@ -29,13 +29,17 @@ pub struct Known {
 
 pub enum Subject {
     Commitment,
-    Head { model: Model, digest: String },
+    /// `hash` is that of the head's bytes, as they were when `circuit` was made from it.
+    Head {
+        model: Model,
+        digest: String,
+        hash: Word,
+    },
 }
 
 /// A task that is one of the statement's, before anything costly is done.
 pub enum Asked {
     Receipt(Receipt),
-    Choice { subject: Fr, position: u32, token: u32, values: Vec<f32> },
     Answer { subject: Fr, job: Option<u64>, tokens: Vec<u32>, states: Vec<Vec<f32>>, draw: Word },
 }
 
@@ -47,9 +51,10 @@ impl Known {
     /// Reads the model's header and its head, and its whole file where the configuration does not give its digest.
     pub fn head(config: &ModelConfig) -> Result<Self, Error> {
         let model = Model::read(&config.path)?;
-        let circuit = circuit(head::CIRCUIT, &model.head_hash()?);
+        let hash = model.head_hash()?;
+        let circuit = circuit(head::CIRCUIT, &hash);
         let digest = config.digest.clone().map_or_else(|| model.digest(), Ok)?;
-        Ok(Self { id: format!("output-head:{}", config.name), circuit, subject: Subject::Head { model, digest } })
+        Ok(Self { id: format!("output-head:{}", config.name), circuit, subject: Subject::Head { model, digest, hash } })
     }
 
     /// The statement as the node and its clients read it.
@@ -67,24 +72,26 @@ impl Known {
                        with the subject."
                     .into(),
                 leaves_open: "That any inference ran, that the output came from the model or the input, and that bytes with these digests exist: it \
-                              is a receipt that cannot be moved to another subject."
+                              is a receipt that cannot be moved to another subject. On a chain only the subject is compared: C is the prover's own there."
                     .into(),
                 trusts: format!("{TRUSTS}."),
                 is_development: true,
             },
-            Subject::Head { model, digest } => Statement {
+            Subject::Head { model, digest, .. } => Statement {
                 id: self.id.clone(),
                 kind: ProofKind::OutputHead,
                 system,
                 program,
                 model: Some(digest.clone()),
                 says: format!(
-                    "At the stated position, the token is the first with the largest logit that the model's output head, {} x {} and rounded to 16 \
-                     bits, gives for the state of {} numbers of 16 bits behind the stated commitment.",
+                    "At each position that the draw gives, the token that the trace has there is the first with the largest logit that the output \
+                     head of the model {digest}, {} x {} and rounded to 16 bits, gives for the state of {} numbers of 16 bits whose commitment the \
+                     trace has there.",
                     model.tokens, model.width, model.width
                 ),
-                leaves_open: "Where the state came from: the layers below the head, the prompt and the tokens before are not part of it. Positions that \
-                              were not drawn. Tokens that were sampled rather than chosen as the likeliest, and those few where rounding changes which \
+                leaves_open: "Where the states came from: nothing ties them to the input, to the layers below the head or to the tokens before, and \
+                              nothing ties the tokens to the text of the output. Who makes the trace chooses both, and an answer of its own can be \
+                              proven as long as the head gives its tokens for some states. Positions that were not drawn. Tokens that were sampled rather than chosen as the likeliest, and those few where rounding changes which \
                               token that is, have no proof."
                     .into(),
                 trusts: format!(
@@ -113,24 +120,7 @@ impl Known {
         let about = Words::of(&task.about).map_err(refuse)?;
         match (&self.subject, &task.witness) {
             (Subject::Commitment, Witness::None) => Ok(Asked::Receipt(about.receipt())),
-            (Subject::Head { model, digest }, Witness::State { position, values, token }) => {
-                same_model(digest, &task.about).map_err(refuse)?;
-                if values.len() != model.width {
-                    return Err(Error::Task(format!(
-                        "the state has {} values, those of this model have {}",
-                        values.len(),
-                        model.width
-                    )));
-                }
-                if *token as usize >= model.tokens {
-                    return Err(Error::Task(format!(
-                        "no proof of it exists: the model has {} tokens, and no token {token}",
-                        model.tokens
-                    )));
-                }
-                Ok(Asked::Choice { subject: about.subject, position: *position, token: *token, values: values.clone() })
-            }
-            (Subject::Head { model, digest }, Witness::Answer { tokens, states, draw }) => {
+            (Subject::Head { model, digest, .. }, Witness::Answer { tokens, states, draw }) => {
                 same_model(digest, &task.about).map_err(refuse)?;
                 check_answer(model, tokens, states).map_err(refuse)?;
                 let draw =
@@ -139,9 +129,7 @@ impl Known {
                 Ok(Asked::Answer { subject: about.subject, job: task.about.job, tokens, states, draw })
             }
             (Subject::Commitment, _) => Err(Error::Task("a commitment is proven without a witness: send `none`".into())),
-            (Subject::Head { .. }, _) => {
-                Err(Error::Task("an output head is proven from a state or an answer: send `state` or `answer`".into()))
-            }
+            (Subject::Head { .. }, _) => Err(Error::Task("an output head is proven from an answer: send `answer`".into())),
         }
     }
 
@@ -156,22 +144,19 @@ impl Known {
         Ok(Words::of(about)?.subject)
     }
 
-    /// The public inputs of a claim.
+    /// The public inputs of a commitment.
     ///
     /// # Errors
-    /// Why no proof with this claim can hold.
-    pub fn inputs(&self, about: &About, claim: &Claim) -> Result<Vec<Fr>, String> {
-        let words = Words::of(about)?;
-        match (&self.subject, claim) {
-            (Subject::Commitment, Claim::None) => Ok(words.receipt().inputs().to_vec()),
-            (Subject::Head { digest, .. }, Claim::Token { position, token, state }) => {
-                same_model(digest, about)?;
-                let state = wire::hash(state)
-                    .and_then(|state| wire::input(&state))
-                    .ok_or("the state's commitment is no number of the field")?;
-                Ok(vec![words.subject, (*position).into(), (*token).into(), state])
-            }
-            _ => Err("the claim is not one of this statement's".into()),
+    /// Why no proof about this can hold.
+    pub fn receipt(&self, about: &About) -> Result<Receipt, String> {
+        Ok(Words::of(about)?.receipt())
+    }
+
+    /// The program that proofs of this statement are by, under keys of this program. Of a head, how many positions are drawn is part of it.
+    pub fn program(&self, key_program: &Word, samples: u32) -> Word {
+        match &self.subject {
+            Subject::Commitment => *key_program,
+            Subject::Head { .. } => wire::keccak(&[&key_program[..], &wire::word_of(samples.into())].concat()),
         }
     }
 }
@@ -247,28 +232,23 @@ impl Ready {
     pub fn empty(known: &Known) -> Result<Self, Error> {
         Ok(match &known.subject {
             Subject::Commitment => Self::Receipt(Receipt::new(Fr::from(0u8), &[0; 32], &[0; 32], &[0; 32])),
-            Subject::Head { model, .. } => {
+            Subject::Head { model, hash, .. } => {
                 let state = State::empty(model.width);
-                Self::Choice { head: Arc::new(read_head(model)?), subject: Fr::from(0u8), position: 0, token: 0, state }
+                Self::Choice { head: Arc::new(read_head(model, hash)?), subject: Fr::from(0u8), position: 0, token: 0, state }
             }
         })
     }
 
-    /// The circuit of a task.
-    ///
-    /// # Errors
-    /// `Task` when what it states is not true.
-    pub fn of(known: &Known, asked: Asked) -> Result<Self, Error> {
-        match (&known.subject, asked) {
-            (Subject::Commitment, Asked::Receipt(receipt)) => Ok(Self::Receipt(receipt)),
-            (Subject::Head { model, .. }, Asked::Choice { subject, position, token, values }) => {
-                let head = Arc::new(read_head(model)?);
-                let state = State::round(&values, head.width())?;
-                choose(&head, position, token, &state)?;
-                Ok(Self::Choice { head, subject, position, token, state })
+    /// Something true, about nothing: for how long its proof takes.
+    pub fn example(known: &Known) -> Result<Self, Error> {
+        Ok(match Self::empty(known)? {
+            Self::Choice { head, subject, position, .. } => {
+                let state = State::round(&vec![1.0; head.width()], head.width())?;
+                let (token, _) = head.argmax(&state);
+                Self::Choice { head, subject, position, token, state }
             }
-            _ => Err(Error::Internal("a task was read for another statement".into())),
-        }
+            receipt => receipt,
+        })
     }
 
     pub fn inputs(&self) -> Vec<Fr> {
@@ -276,15 +256,6 @@ impl Ready {
             Self::Receipt(receipt) => receipt.inputs().to_vec(),
             Self::Choice { subject, position, token, state, .. } => {
                 vec![*subject, (*position).into(), (*token).into(), state.commitment()]
-            }
-        }
-    }
-
-    pub fn claim(&self) -> Claim {
-        match self {
-            Self::Receipt(_) => Claim::None,
-            Self::Choice { position, token, state, .. } => {
-                Claim::Token { position: *position, token: *token, state: wire::hash_text(&wire::word(state.commitment())) }
             }
         }
     }
@@ -323,6 +294,6 @@ pub fn choose(head: &Head, position: u32, token: u32, state: &State) -> Result<(
     )))
 }
 
-pub fn read_head(model: &Model) -> Result<Head, Error> {
-    Head::round(model.width, &model.weights()?).map_err(|reason| model.refused(reason))
+pub fn read_head(model: &Model, hash: &Word) -> Result<Head, Error> {
+    Head::round(model.width, &model.weights_of(hash)?).map_err(|reason| model.refused(reason))
 }

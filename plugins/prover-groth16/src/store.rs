@@ -1,8 +1,8 @@
 //! The keys on the disk, and what was measured with them.
 //!
 //! Keys lie in `keys/<circuit>/`: `verifying` is small and is read at every start, `proving` is large and is read for every proof. Each
-//! begins with a hash of what follows, and the proving key names the verifying key that it belongs to. The folder comes into being in one
-//! step, whole.
+//! begins with a hash of what follows, which names the circuit first, so that a folder under another name is none; and the proving key names
+//! the verifying key that it belongs to. The folder comes into being in one step, whole.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -32,6 +32,7 @@ pub struct Store {
 #[serde(deny_unknown_fields, default)]
 pub struct Measured {
     pub prepare: Option<Took>,
+    /// One proof of the circuit.
     pub prove: Option<Took>,
 }
 
@@ -42,6 +43,18 @@ pub struct Took {
     pub wall_ms: u64,
     /// How much more memory the process had at most than before, in bytes, where the system tells.
     pub memory: Option<u64>,
+}
+
+impl Took {
+    /// What so much of it takes, one after the other.
+    pub fn times(self, count: u64) -> Self {
+        Self { cpu_ms: self.cpu_ms.saturating_mul(count), wall_ms: self.wall_ms.saturating_mul(count), ..self }
+    }
+
+    /// What one of so many took.
+    pub fn shared(self, count: u64) -> Self {
+        Self { cpu_ms: self.cpu_ms.div_ceil(count.max(1)), wall_ms: self.wall_ms.div_ceil(count.max(1)), ..self }
+    }
 }
 
 impl Store {
@@ -68,7 +81,7 @@ impl Store {
             return Ok(None);
         }
         let path = folder.join(VERIFYING);
-        let body = read(&path)?;
+        let body = read(&path, circuit)?;
         let key = VerifyingKey::deserialize_uncompressed(&body[..]).map_err(|error| damaged(&path, error.to_string()))?;
         if !groth16::is_sound(&key) {
             return Err(damaged(&path, "points that no set-up makes"));
@@ -82,7 +95,7 @@ impl Store {
     /// `Damaged`, also when there is none.
     pub fn proving(&self, circuit: &Word, program: &Word) -> Result<ProvingKey, Error> {
         let path = self.folder(circuit).join(PROVING);
-        let body = read(&path)?;
+        let body = read(&path, circuit)?;
         let rest = body.strip_prefix(program).ok_or_else(|| damaged(&path, "it belongs to other keys"))?;
         ProvingKey::deserialize_uncompressed_unchecked(rest).map_err(|error| damaged(&path, error.to_string()))
     }
@@ -96,12 +109,12 @@ impl Store {
             let mut bytes = Vec::new();
             write(&mut bytes).map(|()| bytes).map_err(|error| Error::Internal(format!("keys cannot be written: {error}")))
         };
-        write(&coming.path().join(VERIFYING), &bytes(&|bytes| key.vk.serialize_uncompressed(bytes))?)?;
+        write(&coming.path().join(VERIFYING), circuit, &bytes(&|bytes| key.vk.serialize_uncompressed(bytes))?)?;
         let proving = bytes(&|bytes| {
             bytes.extend(program);
             key.serialize_uncompressed(bytes)
         })?;
-        write(&coming.path().join(PROVING), &proving)?;
+        write(&coming.path().join(PROVING), circuit, &proving)?;
         sync(coming.path())?;
         let folder = self.folder(circuit);
         let coming = coming.keep();
@@ -148,8 +161,8 @@ fn damaged(path: &Path, reason: impl Into<String>) -> Error {
     Error::Damaged { path: path.to_owned(), reason: reason.into(), set_aside: None }
 }
 
-/// Reads a file that [`write`] has written.
-fn read(path: &Path) -> Result<Vec<u8>, Error> {
+/// Reads a file that [`write`] has written for this circuit.
+fn read(path: &Path, circuit: &Word) -> Result<Vec<u8>, Error> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damaged(path, "it is missing")),
@@ -169,14 +182,18 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
     if blake3::hash(&body).as_bytes() != hash {
         return Err(damaged(path, "its bytes are not those that were written"));
     }
-    Ok(body)
+    match body.strip_prefix(circuit) {
+        Some(body) => Ok(body.to_vec()),
+        None => Err(damaged(path, "it belongs to another circuit")),
+    }
 }
 
-fn write(path: &Path, body: &[u8]) -> Result<(), Error> {
+fn write(path: &Path, circuit: &Word, body: &[u8]) -> Result<(), Error> {
     let write = || {
         let mut file = File::create(path)?;
         file.write_all(MAGIC)?;
-        file.write_all(blake3::hash(body).as_bytes())?;
+        file.write_all(blake3::Hasher::new().update(circuit).update(body).finalize().as_bytes())?;
+        file.write_all(circuit)?;
         file.write_all(body)?;
         file.sync_all()
     };
@@ -236,6 +253,16 @@ mod tests {
             }
             fs::write(&path, good).unwrap();
         }
+
+        // The whole folder under the name of another circuit.
+        let other = [8; 32];
+        let copied = store.folder(&other);
+        fs::create_dir(&copied).unwrap();
+        for name in [VERIFYING, PROVING] {
+            fs::copy(store.folder(&CIRCUIT).join(name), copied.join(name)).unwrap();
+        }
+        assert!(matches!(store.verifying(&other), Err(Error::Damaged { .. })), "keys of another circuit");
+        assert!(matches!(store.proving(&other, &program), Err(Error::Damaged { .. })), "keys of another circuit");
 
         let aside = store.set_aside(&CIRCUIT, damaged(Path::new("x"), "a test"));
         assert!(matches!(aside, Error::Damaged { set_aside: Some(path), .. } if path.exists()));

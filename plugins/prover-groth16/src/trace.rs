@@ -8,14 +8,17 @@
 //! - A path has, from the leaves up, the neighbour of each level where there is one.
 //! - Draw number i is `keccak256(block hash || subject || i) mod tokens`, as one number of 256 bits.
 
-use crate::wire::{Word, keccak, word_of};
+use crate::wire::{PROOF_BYTES, Word, keccak, word_of};
+
+/// The longest path: that of 2^32 leaves.
+const MOST_LEVELS: usize = 32;
 
 /// What is committed to at one position of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leaf {
     pub position: u32,
     pub token: u32,
-    /// The commitment of the state before the head, as in `Claim::Token`.
+    /// The commitment of the state before the head.
     pub state: Word,
 }
 
@@ -114,22 +117,24 @@ pub fn encode(openings: &[Opening]) -> Vec<u8> {
     [&word_of(32)[..], &word_of(openings.len() as u64), &places, &bodies].concat()
 }
 
-/// Openings from what [`encode`] makes; `None` for anything else.
-pub fn decode(bytes: &[u8]) -> Option<Vec<Opening>> {
+/// Openings from what [`encode`] makes of so many; `None` for anything else. What is read is bounded before it is read: parts of a stranger's
+/// bytes may name the same place many times.
+pub fn decode(bytes: &[u8], count: usize) -> Option<Vec<Opening>> {
     let word = |at: usize| -> Option<Word> { bytes.get(at..at.checked_add(32)?)?.try_into().ok() };
     let number = |at: usize| -> Option<usize> {
         let word = word(at)?;
         let (high, low) = word.split_at(28);
         high.iter().all(|byte| *byte == 0).then(|| u32::from_be_bytes([low[0], low[1], low[2], low[3]]) as usize)
     };
-    let count = number(32).filter(|count| *count <= bytes.len() / 32)?;
+    number(32).filter(|there| *there == count)?;
     let opening = |at: usize| {
         let begin = number(64 + at * 32)?.checked_add(64)?;
         let leaf = Leaf { position: number(begin)? as u32, token: number(begin + 32)? as u32, state: word(begin + 64)? };
-        let length = number(begin + 160).filter(|length| *length <= bytes.len() / 32)?;
+        let length = number(begin + 160).filter(|length| *length <= MOST_LEVELS)?;
         let path = (0..length).map(|step| word(begin + 192 + step * 32)).collect::<Option<Vec<_>>>()?;
         let proof_at = begin + 192 + length * 32;
-        let proof = bytes.get(proof_at + 32..(proof_at + 32).checked_add(number(proof_at)?)?)?.to_vec();
+        number(proof_at).filter(|length| *length == PROOF_BYTES)?;
+        let proof = bytes.get(proof_at + 32..proof_at + 32 + PROOF_BYTES)?.to_vec();
         Some(Opening { leaf, path, proof })
     };
     let openings = (0..count).map(opening).collect::<Option<Vec<_>>>()?;
@@ -151,14 +156,35 @@ mod tests {
         };
         for openings in [vec![], vec![opening(0)], vec![opening(4), opening(1), opening(4)]] {
             let bytes = encode(&openings);
-            assert_eq!(decode(&bytes).as_ref(), Some(&openings));
+            let count = openings.len();
+            assert_eq!(decode(&bytes, count).as_ref(), Some(&openings));
+            assert_eq!(decode(&bytes, count + 1), None);
             for at in 0..bytes.len() {
                 let mut changed = bytes.clone();
                 changed[at] ^= 0x41;
-                assert_ne!(decode(&changed).as_ref(), Some(&openings), "byte {at}");
-                assert_eq!(decode(&bytes[..at]), None);
+                assert_ne!(decode(&changed, count).as_ref(), Some(&openings), "byte {at}");
+                assert_eq!(decode(&bytes[..at], count), None);
             }
-            assert_eq!(decode(&[&bytes[..], &[0; 32]].concat()), None);
+            assert_eq!(decode(&[&bytes[..], &[0; 32]].concat(), count), None);
+        }
+    }
+
+    #[test]
+    fn places_that_are_named_many_times_are_not_read_many_times() {
+        // Every opening begins at the same place, and its path is as long as the file. Read before it is compared, that is the square of
+        // its size: 320 GB for 6 MB.
+        let words = 200_000;
+        let mut bytes = vec![0; words * 32];
+        let mut put = |at: usize, number: usize| bytes[at + 24..at + 32].copy_from_slice(&(number as u64).to_be_bytes());
+        let count = words / 2;
+        put(0, 32);
+        put(32, count);
+        for at in 0..count {
+            put(64 + at * 32, count * 32);
+        }
+        put(64 + count * 32 + 160, words / 2 - 10);
+        for expected in [4, count] {
+            assert_eq!(decode(&bytes, expected), None);
         }
     }
 

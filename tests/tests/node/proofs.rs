@@ -3,10 +3,11 @@
 use std::fs;
 
 use fabstir_tests::dev_chain::DevChain;
-use fabstir_tests::market::{CLIENT, NODE, node_place, place};
+use fabstir_tests::market::{CLIENT, NODE, PAYOUT, node_place, place};
 use fabstir_tests::peers::{NET, Provider};
+use fabstir_tests::posting::{Clients, RESULT_EVENT, number};
 use fabstir_tests::{LIMIT, Node, Place, eventually, tiny_chat};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const STORAGE: &str = "[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n";
 const GROTH16: &str = "[[plugin]]\nid = 'groth16'\nuse = 'prover-groth16'\n";
@@ -31,8 +32,13 @@ fn verifier(chain: &DevChain, place: &Place, statement: &str) -> String {
 
 /// A node that serves the small model and proves, with its contract deployed, and the program that it proves by.
 pub async fn proving_node(chain: &DevChain, prover: &str, statement: &str) -> (Provider, String) {
-    let place =
-        node_place(chain, NODE, "sure_above_wei = 1_000_000_000_000_000_000", &format!("{STORAGE}{prover}{}", tiny_chat()));
+    proving_node_with(chain, prover, statement, "").await
+}
+
+/// Such a node, with more lines for its market.
+async fn proving_node_with(chain: &DevChain, prover: &str, statement: &str, market: &str) -> (Provider, String) {
+    let market = format!("sure_above_wei = 1_000_000_000_000_000_000\n{market}");
+    let place = node_place(chain, NODE, &market, &format!("{STORAGE}{prover}{}", tiny_chat()));
     let program = verifier(chain, &place, statement);
     let node = Node::launch(place, &[]);
     node.healthy().await;
@@ -59,6 +65,15 @@ async fn a_job_that_asks_for_a_proof_is_proven_to_the_contract_and_paid() {
     assert!(told["proof_says"].as_str().is_some_and(|says| says.contains("It leaves open:")), "{told:#}");
     let status = client.ran(&["job", "status", "1", "--json"]).json();
     assert_eq!((status["job"]["state"].as_str(), status["job"]["proven"].as_bool()), (Some("proven"), Some(true)), "{status:#}");
+    // A proof of another thing is no proof of this job.
+    let place = &node.node.place;
+    let (input, file) = (place.file("input", "x"), place.path().join("proof.json"));
+    let (input, file) = (input.to_str().expect("a path of text"), file.to_str().expect("a path of text"));
+    place.ran(&["prove", "commitment", "--model", DIGEST, "--input", input, "--output", input, "-o", file]);
+    let other = place.run(&["verify", file, "--job", "1", "--json"]);
+    assert_eq!(other.json()["error"]["code"], "does_not_hold", "{other:#?}");
+    assert!(other.out.contains("not about job 1") && other.out.contains("its subject is"), "{other:#?}");
+
     let accepted = client.ran(&["job", "accept", "1", "--json"]).json();
     assert_ne!(accepted["division"]["to_host"], "0", "{accepted:#}");
     eventually("the node knows of its pay", LIMIT, async || {
@@ -127,6 +142,133 @@ async fn a_node_that_is_killed_before_its_proof_proves_after_its_start() {
     eventually("the contract has the proof", 2 * LIMIT, async || {
         let status = client.ran(&["job", "status", "1", "--json"]).json();
         (status["job"]["state"] == "proven").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn keys_that_were_damaged_are_made_again_before_anything_is_promised() {
+    let chain = DevChain::start().expect("a chain");
+    let place = node_place(&chain, NODE, "", &format!("{STORAGE}{GROTH16}{}", tiny_chat()));
+    place.ran(&["proof", "prepare", "commitment"]);
+    let program = |place: &Place| place.ran(&["proof", "ls", "--json"]).json()["statements"][0]["statement"]["program"].clone();
+    let before = program(&place);
+    let keys = file_below(place.path(), "proving").expect("the keys are there");
+    let mut bytes = fs::read(&keys).expect("reads");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&keys, bytes).expect("writes");
+    let node = Node::launch(place, &[]);
+    node.logged(&["Keys of proofs are made anew.", "Jobs can be proven."]).await;
+    let after = program(&node.place);
+    assert!(after.is_string() && after != before, "{before} {after}");
+}
+
+fn file_below(folder: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
+    fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find_map(|path| match path.is_dir() {
+        true => file_below(&path, name),
+        false => path.file_name().is_some_and(|found| found == name).then_some(path),
+    })
+}
+
+#[tokio::test]
+async fn a_proof_that_the_chain_takes_back_with_its_result_is_made_at_the_new_positions() {
+    let chain = DevChain::start().expect("a chain");
+    let clients = Clients::of(&chain);
+    let (node, program) = proving_node(&chain, &head(), "output-head:tiny-chat").await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let proof = format!("output-head:{program}");
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--proof", &proof];
+    // The client has an hour to say something: whoever looked again only then would be late with the proof.
+    let more = [
+        "--challenge-within",
+        "3600",
+        "--max-output-tokens",
+        "32",
+        "--bootstrap",
+        &node.address,
+        "What is the capital of France?",
+    ];
+    assert_eq!(client.ran(&[&post[..], &more].concat()).json()["id"], 1);
+    let proven = async |draw: bool| {
+        eventually("the contract has the proof", 3 * LIMIT, async || {
+            if draw {
+                chain.mine(1).await;
+            }
+            let status = client.ran(&["job", "status", "1", "--json"]).json();
+            (status["job"]["state"] == "proven").then_some(())
+        })
+        .await;
+    };
+    proven(true).await;
+    eventually("the node knows that it is proven", LIMIT, async || {
+        let jobs = node.node.place.ran(&["jobs", "--json"]).json();
+        (jobs["jobs"][0]["state"] == "submitted").then_some(())
+    })
+    .await;
+    // Its end was looked up by now.
+    tokio::time::sleep(std::time::Duration::from_secs(7)).await;
+    let newest = number(&clients.rpc("eth_blockNumber", json!([])).await) as u64;
+    let depth = newest - clients.block_of(RESULT_EVENT, 1).await + 1;
+    chain.ask("anvil_reorg", json!([depth, []])).await.expect("blocks are taken back");
+    chain.mine(1).await;
+    node.node.logged(&["The chain has taken blocks back."]).await;
+    eventually("the result is there again", LIMIT, async || (clients.told(RESULT_EVENT, 1).await == 1).then_some(())).await;
+    proven(true).await;
+}
+
+#[tokio::test]
+async fn a_result_that_was_proven_is_upheld_by_the_arbiter_that_its_node_accepts() {
+    const ARBITER: &str = "0x00000000000000000000000000000000000a4b17";
+    const BOND: u128 = 10_000_000_000_000_000;
+    let chain = DevChain::start().expect("a chain");
+    let clients = Clients::of(&chain);
+    let (node, program) = proving_node_with(&chain, GROTH16, "commitment", &format!("arbiters = ['{ARBITER}']\n")).await;
+    let client = place(&chain, CLIENT, "", "", NET);
+    let proof = format!("commitment:{program}");
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--proof", &proof, "--bootstrap", &node.address];
+    let terms = ["--challenge-within", "600", "--challenge-bond", "0.01eth", "--resolve-within", "600"];
+    let ask = |arbiter: &str| {
+        let more = ["--arbiter", arbiter, "What is the capital of France?"];
+        client.ran(&[&post[..], &terms, &more].concat()).json()
+    };
+    // Whose rulings nobody here accepts, takes the node's bond for the asking.
+    assert_eq!(ask("0x00000000000000000000000000000000000000e1")["id"], 1);
+    let declined = eventually("the node has looked at it", LIMIT, async || {
+        let jobs = node.node.place.ran(&["jobs", "--json"]).json();
+        (jobs["jobs"][0]["state"] == "declined").then(|| jobs["jobs"][0].clone())
+    })
+    .await;
+    assert_eq!(declined["cause"], "arbiter", "{declined:#}");
+
+    assert_eq!(ask(ARBITER)["id"], 2);
+    let early = client.run(&["job", "challenge", "1", "--json"]);
+    assert_eq!((early.code, early.json()["error"]["code"].as_str()), (1, Some("nothing")), "{early:#?}");
+    eventually("the contract has the proof", 2 * LIMIT, async || {
+        let status = client.ran(&["job", "status", "2", "--json"]).json();
+        (status["job"]["state"] == "proven").then_some(())
+    })
+    .await;
+    let evidence = client.file("evidence", "Paris is not what was asked.");
+    let path = evidence.to_str().expect("a path of text");
+    let challenged = client.ran(&["job", "challenge", "2", "--reason", "3", "--evidence", path, "--json"]).json();
+    assert_eq!(challenged["job"]["state"], "challenged", "{challenged:#}");
+    assert!(challenged["evidence"].as_str().is_some_and(|hash| !hash.contains("0000000000")), "{challenged:#}");
+    node.node.logged(&["Its client objects to a result"]).await;
+    let unruled = client.run(&["job", "resolve", "2", "--json"]);
+    assert_eq!((unruled.code, unruled.json()["error"]["code"].as_str()), (1, Some("refused")), "{unruled:#?}");
+
+    // It answers every question with two words: the host wins, and 10,000 of 10,000 of the bond.
+    let ruling = "0x60015f5261271060205260405ff3";
+    chain.ask("anvil_setCode", json!([ARBITER, ruling])).await.expect("the arbiter has code");
+    let resolved = client.ran(&["job", "resolve", "2", "--json"]).json();
+    assert_eq!(resolved["job"]["state"], "settled", "{resolved:#}");
+    let paid: u128 = resolved["division"]["to_host"].as_str().and_then(|wei| wei.parse().ok()).expect("an amount");
+    assert!(paid > 0, "{resolved:#}");
+    assert_eq!(clients.credit(PAYOUT.address).await, paid + BOND);
+    eventually("the node knows of its pay", LIMIT, async || {
+        let jobs = node.node.place.ran(&["jobs", "--state", "settled", "--json"]).json();
+        (jobs["jobs"][0]["id"] == 2).then_some(())
     })
     .await;
 }

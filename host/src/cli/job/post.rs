@@ -9,7 +9,7 @@ use fabstir_plugin_api::inference::Message;
 use fabstir_plugin_api::prover::ProofKind;
 use serde_json::json;
 
-use super::super::account::{AccountArgs, amount, at_desk, cx, done, of_plugin};
+use super::super::account::{AccountArgs, account, amount, at_desk, cx, done, of_plugin};
 use super::super::network::{NetworkArgs, look, on_threads};
 use super::super::{Failure, print};
 use super::result::{fetched, shown};
@@ -98,6 +98,21 @@ pub struct Post {
     /// How long a node has from its result to its proof, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = seconds(), requires = "proof")]
     prove_within: u64,
+
+    /// The contract that rules where the client objects to the result: without one, nobody can object.
+    ///
+    /// Nodes take the job only if their market.arbiters has it. It answers rule(uint256 jobId) with who wins and with how much of the
+    /// loser's bond goes to the winner.
+    #[arg(long, value_name = "ACCOUNT", value_parser = account)]
+    arbiter: Option<String>,
+
+    /// What the client puts down to object, and may lose to the node. Without it, nothing.
+    #[arg(long, value_name = "AMOUNT", value_parser = amount, requires = "arbiter")]
+    challenge_bond: Option<Amount>,
+
+    /// How long the arbiter has from an objection to its ruling, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = seconds(), requires = "arbiter")]
+    resolve_within: u64,
 
     /// Waits for the result, fetches it and prints it. Ctrl-C ends the waiting, not the job.
     #[arg(long)]
@@ -259,13 +274,13 @@ impl Post {
             deliver_s: self.deliver_within,
             prove_s: if self.proof.is_some() { self.prove_within } else { 0 },
             challenge_s: self.challenge_within,
-            resolve_s: 0,
+            resolve_s: if self.arbiter.is_some() { self.resolve_within } else { 0 },
             max_attempts: self.attempts,
             host_bond: self.bond.unwrap_or(Amount(self.max.0 / BOND_PART)),
-            challenge_bond: Amount(0),
+            challenge_bond: self.challenge_bond.unwrap_or_default(),
             proof_kind: self.proof.as_ref().and_then(|(kind, _)| kind.number()).unwrap_or(0),
             program: self.proof.as_ref().map_or_else(|| format!("0x{}", "0".repeat(64)), |(_, program)| program.clone()),
-            arbiter: NATIVE.into(),
+            arbiter: self.arbiter.clone().unwrap_or_else(|| NATIVE.into()),
         })
     }
 
@@ -334,6 +349,13 @@ impl Post {
             format!("model {}, to be claimed until {}", draft.digest, moment(terms.claim_by_s, now_s(&desk.chain).await?)),
         ];
         lines.extend(says.iter().map(|says| format!("its node is paid only for a proof, which says: {says}")));
+        if terms.arbiter != NATIVE {
+            lines.push(format!(
+                "{} rules where its result is objected to, which takes {} of its client",
+                terms.arbiter,
+                price(terms.challenge_bond)
+            ));
+        }
         if let Some(id) = id.filter(|_| !self.wait) {
             lines.push(format!(
                 "`fabstir-node job status {id}` shows how far it is, `job result {id}` fetches the result, `job cancel {id}` takes it back \

@@ -13,7 +13,7 @@ use super::{events, history, now_s, read, same};
 use crate::config::Config;
 use crate::market::history::{History, division_in, result_in};
 use crate::market::journal::posted::{self, Posted};
-use crate::market::{Journal, coins, earnings, journal};
+use crate::market::{Journal, NATIVE, coins, earnings, journal};
 
 /// A time on the chain, as people read it.
 pub(super) fn moment(at_s: u64, now_s: u64) -> String {
@@ -50,9 +50,13 @@ pub(super) fn state(job: &Posting, now: u64) -> String {
         (JobState::Delivered, true) if owes_proof(job) => {
             format!("has a result that was not proven: time for it was until {until}")
         }
-        (JobState::Delivered | JobState::Proven, false) => format!("has a result, to which its client can object until {until}"),
+        (JobState::Delivered | JobState::Proven, false) if job.terms.arbiter != NATIVE => {
+            format!("has a result, to which its client can object until {until}")
+        }
+        (JobState::Delivered | JobState::Proven, false) => format!("has a result, and its node is paid at {until}"),
         (JobState::Delivered | JobState::Proven, true) => format!("has a result, to which nobody has objected until {until}"),
-        (JobState::Challenged, _) => format!("is challenged; its arbiter decides until {until}"),
+        (JobState::Challenged, false) => format!("is challenged; its arbiter decides until {until}"),
+        (JobState::Challenged, true) => format!("is challenged, and its arbiter has not decided until {until}"),
         (JobState::Settled, _) => "is paid".into(),
         (JobState::Refunded, _) => "is over, and its amount came back".into(),
         (JobState::Unknown, _) => "is in a state that this node does not know: update it".into(),
@@ -79,7 +83,8 @@ fn next(id: JobId, job: &Posting, now: u64) -> Option<String> {
             format!("`job result {id} --accept` fetches the result and pays the node; it is paid after that time in any case")
         }
         (JobState::Delivered | JobState::Proven, true) => "anyone can have the node paid now, and the node will".into(),
-        (JobState::Challenged, _) => "the arbiter rules".into(),
+        (JobState::Challenged, false) => format!("the arbiter rules, and `job resolve {id}` carries that out"),
+        (JobState::Challenged, true) => format!("`job resolve {id}` ends it as its contract says"),
         (JobState::Settled | JobState::Refunded, _) => "`market withdraw` fetches what came back".into(),
         (JobState::Unknown, _) => return None,
     })
@@ -150,6 +155,10 @@ pub(super) fn one(id: JobId, shared: &Shared, json: bool) -> Result<(), Failure>
     if job.terms.proof_kind != 0 {
         let is = if job.proven { "accepted by the contract" } else { "not there yet" };
         rows.push(["proof".into(), format!("kind {}, program {}: {is}", job.terms.proof_kind, job.terms.program)]);
+    }
+    if job.terms.arbiter != NATIVE {
+        let bond = shown(job.terms.challenge_bond);
+        rows.push(["arbiter".into(), format!("{}, if its client objects, with {bond}", job.terms.arbiter)]);
     }
     rows.extend(division.map(|division| ["divided".into(), division.words(&coin)]));
     rows.extend(next.clone().map(|next| ["next".into(), next]));

@@ -73,6 +73,13 @@ impl State {
         State::Abandoning,
     ];
 
+    /// The states in which a proof that its terms ask for is still to be made.
+    pub const PROMISED: [State; 6] =
+        [State::Claiming, State::Claimed, State::Working, State::Stored, State::Submitting, State::Proving];
+
+    /// The states in which the contract may have its result.
+    const HANDED_IN: [State; 4] = [State::Submitting, State::Proving, State::Proved, State::Submitted];
+
     pub fn word(self) -> &'static str {
         match self {
             State::Seen => "seen",
@@ -164,6 +171,8 @@ pub enum Meant {
     Nothing,
     /// There is a job to look at.
     Seen(JobId),
+    /// A client objects to what this node has handed in.
+    Challenged(JobId),
     Settled {
         job: JobId,
         paid: Amount,
@@ -323,6 +332,10 @@ pub fn note(connection: &Connection, account: &str, takes: bool, block: u64, eve
             let changed = end(connection, *job, block, again, "('missed') AND cause = 'lost'")?;
             Ok(if changed { Meant::Seen(*job) } else { Meant::Nothing })
         }
+        MarketEvent::Challenged { job, .. } => {
+            let is_ours = row(connection, *job)?.is_some_and(|row| State::HANDED_IN.contains(&row.state));
+            Ok(if is_ours { Meant::Challenged(*job) } else { Meant::Nothing })
+        }
         MarketEvent::JobSettled { job, host, to_host, .. } if ours(host) => {
             let paid = format!("state = 'settled', cause = NULL, why = NULL, input_ref = '', paid = '{to_host}'");
             let changed = end(connection, *job, block, &paid, &format!("{WORKED} OR id = ?1 AND state = 'failed'"))?;
@@ -370,14 +383,20 @@ fn posted(
     block: u64,
 ) -> Result<Meant, JournalError> {
     let (terms, now) = (text(terms)?, now()?);
+    // What has come of a job is no answer to another one, whatever number that has.
+    let same = "client = ?2 AND terms = ?3 AND input_commitment = ?4";
+    let kept = ["result", "tokens", "proof", "model"].map(|column| format!("{column} = iif({same}, {column}, NULL)")).join(", ");
     // What is claimed is left alone: before any work, and before anything is handed in, the chain is asked what stands there.
     let changed = connection.execute(
-        "INSERT INTO jobs (id, client, terms, input_commitment, input_ref, block, state, seen_ms, changed_ms) \
+        &format!(
+            "INSERT INTO jobs (id, client, terms, input_commitment, input_ref, block, state, seen_ms, changed_ms) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'seen', ?7, ?7) \
          ON CONFLICT (id) DO UPDATE SET client = ?2, terms = ?3, input_commitment = ?4, input_ref = ?5, block = ?6, state = 'seen', \
-         cause = NULL, why = NULL, ended_block = NULL, attempt = attempt + 1, seen_ms = ?7, changed_ms = ?7 \
+         cause = NULL, why = NULL, ended_block = NULL, attempt = attempt + 1, seen_ms = ?7, changed_ms = ?7, \
+         {kept} \
          WHERE state IN ('seen', 'declined', 'missed') \
-         AND (cause = 'reorg' OR client != ?2 OR terms != ?3 OR input_commitment != ?4)",
+         AND (cause = 'reorg' OR NOT ({same}))"
+        ),
         params![integer(id)?, client, terms, commitment, input_ref, integer(block)?, now],
     )?;
     Ok(if changed > 0 { Meant::Seen(id) } else { Meant::Nothing })
@@ -394,7 +413,8 @@ pub fn back(connection: &Connection, number: Option<u64>) -> Result<(), JournalE
     };
     undo("state = 'submitted', paid = NULL", "state = 'settled' AND result IS NOT NULL")?;
     // What the chain says of the claim and of the result decides, when it is asked next.
-    undo("state = 'stored', cause = NULL, why = NULL", "state = 'failed' AND result IS NOT NULL")?;
+    // Orders have new keys: those that were placed may be of a proof that is made anew, and a key stands for one order for ever.
+    undo("state = 'stored', cause = NULL, why = NULL, attempt = attempt + 1", "state = 'failed' AND result IS NOT NULL")?;
     undo("state = 'claimed', cause = NULL, why = NULL", "state = 'failed' AND result IS NULL AND input_ref != ''")?;
     undo("state = 'seen', cause = NULL, why = NULL, attempt = attempt + 1", "state = 'missed'")?;
     connection.execute(
@@ -536,6 +556,58 @@ mod tests {
         assert_eq!(told.row().terms.max_amount, Amount(9));
     }
 
+    fn result() -> JobResult {
+        JobResult {
+            output_commitment: format!("0x{}", "0a".repeat(32)),
+            trace: None,
+            input_tokens: 1,
+            output_tokens: 1,
+            result_ref: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_was_made_for_a_job_is_not_handed_in_for_another_of_its_number() {
+        let worked = || {
+            let told = Told::new();
+            told.post(5, |_| ());
+            let stored =
+                Step { result: Some(result()), tokens: Some(vec![7]), model: Some("tiny".into()), ..Step::to(State::Missed) };
+            assert!(step(&told.0, 1, State::Seen, &stored).expect("is written"));
+            back(&told.0, Some(4)).expect("is undone");
+            told
+        };
+        let told = worked();
+        assert_eq!(told.post(6, |row| row.terms.max_amount = Amount(9)), Meant::Seen(1));
+        let row = told.row();
+        assert_eq!((row.result, row.tokens, row.proof, row.model), (None, vec![], None, None));
+        // The same job, in another block: what was made is still its answer.
+        let told = worked();
+        assert_eq!(told.post(6, |_| ()), Meant::Seen(1));
+        assert_eq!((told.row().result, told.row().tokens), (Some(result()), vec![7]));
+    }
+
+    #[test]
+    fn a_job_that_goes_on_after_a_reorganisation_orders_under_new_keys() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        step(&told.0, 1, State::Seen, &Step { result: Some(result()), ..Step::to(State::Proved) }).expect("is written");
+        assert!(matches!(told.note(9, refunded()), Meant::Over { .. }));
+        let before = told.row().attempt;
+        back(&told.0, Some(8)).expect("is undone");
+        assert_eq!((told.row().state, told.row().attempt), (State::Stored, before + 1));
+    }
+
+    #[test]
+    fn an_objection_is_told_of_what_this_node_has_handed_in_alone() {
+        let told = Told::new();
+        told.post(5, |_| ());
+        let objection = || MarketEvent::Challenged { job: 1, by: OTHERS.into() };
+        assert_eq!(told.note(6, objection()), Meant::Nothing);
+        told.step(State::Seen, State::Submitted);
+        assert_eq!(told.note(6, objection()), Meant::Challenged(1));
+    }
+
     #[test]
     fn a_step_is_made_only_from_the_state_that_it_starts_in() {
         let told = Told::new();
@@ -589,14 +661,7 @@ mod tests {
         assert_eq!(told.cause(), (State::Missed, Some("reorg".into())));
         assert_eq!(told.post(5, |_| ()), Meant::Seen(1));
 
-        let result = JobResult {
-            output_commitment: format!("0x{}", "0a".repeat(32)),
-            trace: None,
-            input_tokens: 1,
-            output_tokens: 1,
-            result_ref: String::new(),
-        };
-        let stored = Step { result: Some(result), ..Step::to(State::Submitted) };
+        let stored = Step { result: Some(result()), ..Step::to(State::Submitted) };
         assert!(step(&told.0, 1, State::Seen, &stored).expect("is written"));
         told.note(9, settled(US));
         back(&told.0, Some(8)).expect("is undone");

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use fabstir_plugin_api::chain::{Act, Cursor, Job, JobId, ModelId, Notice, Since, Sure};
+use fabstir_plugin_api::chain::{Act, Cursor, Job, JobId, ModelId, Notice, Quote, Since, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::prover::ProofKind;
@@ -31,7 +31,7 @@ use super::{AGAIN, Seller};
 use crate::clock::now_ms;
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{self, JobRow, Meant, State, Step};
-use crate::market::proving::{self, Provable, Provables};
+use crate::market::proving::{Provable, Provables};
 use crate::market::{Desk, DeskError};
 
 mod carrying;
@@ -45,7 +45,8 @@ pub(crate) use verdict::tests::row as example;
 
 use carrying::Carrier;
 use due::Due;
-use verdict::{FEE_SHARE, OnChain, Proves, Served, Standing, Verdict, compare, judge};
+pub(in crate::market) use verdict::is_about;
+use verdict::{Fees, OnChain, Promised, Proves, Served, Standing, Verdict, compare, fees, judge};
 
 /// How long a call that reads the chain may take.
 const CALL: Duration = Duration::from_secs(10);
@@ -55,6 +56,8 @@ const MOST_NOTICES: usize = 1024;
 const MOST_LOOKED: usize = 1024;
 /// Jobs in work that are carried on after a start.
 const MOST_IN_WORK: usize = 4096;
+/// What a proof may have, in bytes, whose size is not known before it is made: eight tokens of a long answer.
+const PROOF_BYTES: u64 = 7 << 10;
 /// How often what has waited is looked at again.
 const TICK: Duration = Duration::from_secs(1);
 /// How long the cursor may be behind what was read where nothing has happened: a start reads so much again, and no more.
@@ -292,6 +295,9 @@ impl Lane {
                 Notice::Unknown => {}
             }
         }
+        if batch.iter().any(|notice| matches!(notice, Notice::Back { .. })) {
+            self.due.forget();
+        }
         self.is_up = matches!(batch.last(), Some(Notice::UpTo { .. }));
         let is_old = self.marked.as_ref().is_none_or(|(at, when)| Some(at) != cursor.as_ref() && when.elapsed() > CURSOR_AGE);
         if !has_events && !is_old {
@@ -342,6 +348,9 @@ impl Lane {
                     tracing::warn!(job, cause, "Job is over, and not paid.");
                     self.drop_task(*job);
                 }
+                Meant::Challenged(job) => {
+                    tracing::warn!(job, "Its client objects to a result: the arbiter of its terms decides.")
+                }
                 Meant::Over { .. } | Meant::Seen(_) | Meant::Nothing => {}
             }
         }
@@ -387,7 +396,7 @@ impl Lane {
         let now = Instant::now();
         self.later.retain(|_, until| *until > now);
         let asks_proof = rows.iter().any(|row| row.terms.proof_kind != 0);
-        let standing = self.standing(asks_proof).await?;
+        let mut standing = self.standing(asks_proof).await?;
         let mut good = Vec::new();
         let mut verdicts = Vec::new();
         for row in rows {
@@ -395,7 +404,10 @@ impl Lane {
                 continue;
             }
             match judge(&row, &standing) {
-                Verdict::Take(model) => good.push((row, model)),
+                Verdict::Take(model) => {
+                    standing.promise(&row.terms);
+                    good.push((row, model));
+                }
                 verdict => verdicts.push((row.id, verdict)),
             }
         }
@@ -469,8 +481,9 @@ impl Lane {
         let is_large = row.terms.max_amount.0 >= self.shared.seller.config.sure_above_wei.into();
         let sure = if is_large { Sure::Safe } else { Sure::Latest };
         let job = async { self.shared.on_chain(row, sure).await.map_err(DeskError::from) };
-        // Both at a time: other nodes look at it too.
-        let (on_chain, quote) = tokio::join!(job, self.shared.desk.quote(Act::ClaimJob { job: row.id }));
+        // All at a time: other nodes look at it too.
+        let (on_chain, quote, proof) =
+            tokio::join!(job, self.shared.desk.quote(Act::ClaimJob { job: row.id }), self.proof_fee(row));
         let over = |to, cause: Cause, why: &str| Ok(Checked::Step(Step::to(to).because(cause.word(), why)));
         match on_chain? {
             OnChain::Open => {}
@@ -500,15 +513,25 @@ impl Lane {
             }
             Err(error) => return Err(error),
         };
-        let most = row.terms.max_amount;
-        if fee > most {
-            return over(State::Declined, Cause::Fee, "it pays less than its claim costs");
+        let max_fee_wei = self.shared.seller.config.max_fee_wei.into();
+        match fees(fee, proof?.as_ref(), row.terms.max_amount, max_fee_wei) {
+            Fees::Good => Ok(Checked::Good),
+            Fees::High(why) => Ok(Checked::Wait(Cause::Fee, why)),
+            Fees::TooHigh(why) => over(State::Declined, Cause::Fee, &why),
         }
-        if fee.0.saturating_mul(FEE_SHARE) > most.0 {
-            let why = format!("a claim costs {fee} wei, and the job pays {most} at most");
-            return Ok(Checked::Wait(Cause::Fee, why));
+    }
+
+    /// What handing in a proof of this job would cost now, where its terms ask for one.
+    async fn proof_fee(&self, row: &JobRow) -> Result<Option<Quote>, DeskError> {
+        if row.terms.proof_kind == 0 {
+            return Ok(None);
         }
-        Ok(Checked::Good)
+        let bytes = self.shared.provable(&row.terms).await.and_then(|known| known.proof_bytes).unwrap_or(PROOF_BYTES);
+        // No zeros: they cost less than other bytes.
+        let some = |bytes: u64| vec![0xff; usize::try_from(bytes).unwrap_or(usize::MAX).min(1 << 20)];
+        let act = Act::SubmitProof { job: row.id, public_inputs: some(64), proof: some(bytes) };
+        // The contract would refuse it, and the quote says what it costs all the same.
+        Ok(Some(self.shared.desk.chain.quote(&Cx::new().with_timeout(CALL), act).await?))
     }
 
     /// How this node stands at the moment.
@@ -517,12 +540,18 @@ impl Lane {
         let models = self.shared.models().await?;
         let routes = seller.routes.borrow().clone();
         let provables = match asks_proof {
-            true => proving::provable(&routes, &self.shared.desk.network).await,
+            true => self.shared.provables().await,
             false => Provables::default(),
         };
-        let proves =
-            |Provable { kind, program, takes_ms, .. }: Provable| kind.number().map(|kind| Proves { kind, program, takes_ms });
-        Ok(Standing {
+        let proves = |known: Provable| {
+            let Provable { kind, program, model, takes_ms, .. } = known;
+            kind.number().map(|kind| Proves { kind, program, model, takes_ms })
+        };
+        let promised = match asks_proof {
+            true => seller.journal.jobs(&State::PROMISED, MOST_IN_WORK).await?,
+            false => Vec::new(),
+        };
+        let mut standing = Standing {
             models,
             // The inputs of an ONNX model stand in no job, so that none can be proven.
             proves: provables.ready.into_iter().filter(|known| known.kind != ProofKind::OnnxModel).filter_map(proves).collect(),
@@ -534,8 +563,14 @@ impl Lane {
                 (None, false) => None,
             },
             prices: seller.prices,
+            promised: Promised::default(),
+            arbiters: seller.config.arbiters.clone(),
             max_bond_wei: seller.config.max_bond_wei.into(),
             now_s: self.shared.clock.now_s(),
-        })
+        };
+        for row in promised.iter().filter(|row| row.terms.proof_kind != 0) {
+            standing.promise(&row.terms);
+        }
+        Ok(standing)
     }
 }

@@ -67,6 +67,11 @@ fn task(statement: &str) -> Task {
     Task { statement: statement.to_owned(), about, witness: Witness::None }
 }
 
+/// A witness of an output head.
+fn answer() -> Witness {
+    Witness::Answer { tokens: vec![0], states: vec![vec![1.0]], draw: hash("draw") }
+}
+
 /// An instance and its statement about receipts, if it has one.
 async fn with_commitment(harness: &Harness) -> Result<Option<(Instance, String)>> {
     let instance = harness.start().await?;
@@ -190,7 +195,7 @@ pub async fn proof_binds_what_it_is_about(harness: &Harness) -> Result<Outcome> 
         change(&mut other.about);
         wrong.push((what.to_owned(), other));
     }
-    let claim = Claim::Token { position: 0, token: 0, state: hash("state") };
+    let claim = Claim::Answer { trace: hash("trace"), tokens: 1, draw: hash("draw") };
     wrong.push(("another claim".into(), Proof { claim, ..proof.clone() }));
     wrong.push(("no proof at all".into(), Proof { proof: Vec::new(), ..proof.clone() }));
     wrong.push(("another byte at the end".into(), Proof { proof: [&proof.proof[..], &[0]].concat(), ..proof.clone() }));
@@ -243,7 +248,7 @@ pub async fn false_task_is_refused(harness: &Harness) -> Result<Outcome> {
     let Some((instance, id)) = with_commitment(harness).await? else { return no_commitment() };
     let prover = instance.client::<dyn Prover>();
     let mut wrong = vec![
-        ("a witness of another kind", Task { witness: Witness::State { position: 0, values: vec![1.0], token: 0 }, ..task(&id) }),
+        ("a witness of another kind", Task { witness: answer(), ..task(&id) }),
         ("a witness of another kind", Task { witness: Witness::Inputs(vec![vec![1.0]]), ..task(&id) }),
     ];
     for (what, change) in &about_something_else()[5..] {

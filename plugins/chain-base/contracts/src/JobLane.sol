@@ -55,7 +55,7 @@ abstract contract JobLane is Ledger {
     /// @param deliverSecs Time from claim to result. This and the next three are 10 seconds to 30 days where they apply.
     /// @param proveSecs Time from result to proof; used if `proofKind` is not 0.
     /// @param challengeSecs Time from result (or proof) in which the client may object.
-    /// @param resolveSecs Time from challenge to ruling; used if there is an arbiter.
+    /// @param resolveSecs Time from challenge to ruling, or longer where a proof is still owed; used if there is an arbiter.
     /// @param maxAttempts How many nodes may try, 1 to 8.
     /// @param hostBond Wei locked from the claiming node's stake.
     /// @param challengeBond Wei the client puts up to object.
@@ -305,7 +305,8 @@ abstract contract JobLane is Ledger {
     }
 
     /// @notice Objects to a result. Called by the client of a Delivered or Proven job before its deadline, with the challenge bond as
-    /// `msg.value`; only if the terms name an arbiter.
+    /// `msg.value`; only if the terms name an arbiter. The arbiter has `resolveSecs`, and where a proof is owed at least what is left of
+    /// the time for it.
     /// @param reason The client's code, for the arbiter.
     /// @param evidenceHash Fixes what the client will show the arbiter.
     function challenge(uint256 jobId, uint8 reason, bytes32 evidenceHash) external payable {
@@ -315,8 +316,11 @@ abstract contract JobLane is Ledger {
         _notOverdue(j);
         if (j.arbiter == address(0)) revert NoArbiter(jobId);
         if (msg.value != j.challengeBond) revert WrongValue(msg.value, j.challengeBond);
+        uint64 resolveBy = uint64(block.timestamp) + j.resolveSecs;
+        bool owesProof = j.proofKind != 0 && !j.proven;
         j.state = JobState.Challenged;
-        j.deadline = uint64(block.timestamp) + j.resolveSecs;
+        // An objection takes nothing from the time that the host was given to prove.
+        if (!owesProof || resolveBy > j.deadline) j.deadline = resolveBy;
         emit Challenged(jobId, msg.sender, reason, evidenceHash, j.deadline);
     }
 

@@ -452,6 +452,30 @@ contract JobsTest is Base {
         unlocked();
     }
 
+    function test_a_challenge_takes_nothing_from_the_time_to_prove() public {
+        JobLane.JobTerms memory t = proven();
+        t.arbiter = address(arbiter);
+        t.resolveSecs = 10;
+        uint256 id = challenged(t);
+        eq(escrow.jobs(id).deadline, block.timestamp + 600, "proveBy");
+        vm.warp(block.timestamp + 600);
+        vm.expectPartialRevert(JobLane.DeadlineAhead.selector);
+        escrow.expire(id);
+        prove(id);
+        vm.warp(block.timestamp + 1);
+        escrow.expire(id);
+        state(id, JobLane.JobState.Settled);
+        money(700 + 0.2 ether, 9300, 5 ether);
+        // What is proven already, and what needs no proof, is ruled on in the time of the terms.
+        id = post(t);
+        claim(id, hot);
+        deliver(id, hot);
+        prove(id);
+        vm.prank(client);
+        escrow.challenge{value: 0.2 ether}(id, 1, 0);
+        eq(escrow.jobs(id).deadline, block.timestamp + 10, "resolveBy");
+    }
+
     function test_a_challenged_host_that_owes_a_proof_loses_without_it() public {
         JobLane.JobTerms memory t = proven();
         t.arbiter = address(arbiter);

@@ -6,6 +6,10 @@ use fabstir_plugin_api::prelude::*;
 
 use super::{Subject, about, classifier, commitment, config, soon};
 use crate::Config;
+use crate::circuit::Circuit;
+use crate::error::EzklError;
+use crate::keys::{self, Cabinet, Record};
+use crate::worker::{Bench, Launch, Limit};
 
 /// Begins to make the keys of the model, which takes seconds, and returns when a worker is at it.
 async fn at_work(subject: &Subject) -> (Stream<Preparing>, i32) {
@@ -120,12 +124,57 @@ async fn damaged_keys_are_corrupt_once_and_then_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_check_that_could_not_be_made_is_an_error_and_no_verdict() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(1501);
+    let bench = Bench::new(Launch { python: config.python(), memory: config.memory(), threads: config.threads });
+    let path = |name: &str| folder.path().join(name);
+    // Settings that the wheel can read, and keys that are none.
+    let with = serde_json::json!({
+        "instances": [], "proof": "00", "file": path("check"), "settings": path("settings"), "vk": path("vk"), "srs": path("srs"),
+    });
+    std::fs::write(path("vk"), "no keys").unwrap();
+    std::fs::write(path("srs"), "no string").unwrap();
+    let limit = Limit { time: Duration::from_secs(60), key: "prove_timeout_ms" };
+    let asked = bench.turn().await.ask::<Verdict>("checking", limit, "verify", with).await;
+    assert!(matches!(asked, Err(EzklError::Failed { .. })), "{asked:?}");
+}
+
+#[test]
+fn keys_under_the_name_of_another_circuit_are_none() {
+    let state = tempfile::tempdir().unwrap();
+    let cabinet = Cabinet::open(state.path()).unwrap();
+    let circuit = Circuit::commitment();
+    let made = cabinet.workplace().unwrap();
+    for file in keys::ALL {
+        std::fs::write(made.path(file), file).unwrap();
+    }
+    let record = Record {
+        recipe: String::new(),
+        program: String::new(),
+        k: 1,
+        rows: 1,
+        input_scale: 0,
+        outputs: Vec::new(),
+        proof_bytes: 1,
+        files: Default::default(),
+    };
+    cabinet.install(&circuit, made, record).unwrap();
+    assert!(cabinet.find(&circuit).unwrap().is_some());
+    let other = Circuit { recipe: "0".repeat(64), ..Circuit::commitment() };
+    let folder = state.path().join("keys");
+    std::fs::rename(folder.join(&circuit.recipe), folder.join(&other.recipe)).unwrap();
+    assert!(matches!(cabinet.find(&other), Err(EzklError::Corrupt { .. })));
+    assert!(cabinet.find(&other).unwrap().is_none(), "they were set aside");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_is_none_of_the_statements_is_refused_before_any_work() {
     let subject = Subject::start(config(1500)).await;
     let before = subject.workers();
     let cx = Cx::new();
     let task = |about: About, witness: Witness| subject.plugin.prove(&cx, Task { about, witness, ..commitment() });
-    let state = Witness::State { position: 0, values: vec![0.0], token: 1 };
+    let state = Witness::Answer { tokens: vec![1], states: vec![vec![0.0]], draw: String::new() };
     assert_eq!(task(about(), state).await.err().unwrap().code, Code::InvalidArgument);
     let huge = About { subject: format!("0x{}", "ff".repeat(32)), ..about() };
     assert_eq!(task(huge, Witness::None).await.err().unwrap().code, Code::InvalidArgument);

@@ -23,7 +23,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             let head = states::head(Path::new(MODEL))?;
             let values = states::random(head.width(), 1, 1).remove(0);
             let token = states::choice(&head, &values)?;
-            statement("output-head:tiny-chat", Witness::State { position: 3, values, token }).await
+            let draw = format!("0x{}", "0".repeat(64));
+            statement("output-head:tiny-chat", Witness::Answer { tokens: vec![token], states: vec![values], draw }).await
         }
         _ => {
             for name in ["commitment", "head"] {
@@ -37,7 +38,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 async fn statement(id: &str, witness: Witness) -> Result<(), Box<dyn std::error::Error>> {
     let state_dir = tempfile::tempdir()?;
     let model = ModelConfig { name: "tiny-chat".into(), path: MODEL.into(), digest: None };
-    let config = Config { models: vec![model], ..Config::default() };
+    let config = Config { models: vec![model], samples: 1, ..Config::default() };
     let prover = Groth16::open(state_dir.path().to_owned(), config).await?;
     let known = prover.statements(&Cx::new()).await?.into_iter().find_map(|statement| statement.model);
     let zero = format!("0x{}", "0".repeat(64));

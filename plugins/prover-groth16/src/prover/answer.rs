@@ -12,6 +12,8 @@ use crate::statement::{Known, Ready, Subject, check_answer, choose, read_head};
 use crate::trace::{self, Leaf, Opening};
 use crate::wire::{self, Word, word_of};
 
+use super::Ended;
+
 /// An answer of which every token could be proven.
 pub struct Answer {
     head: Arc<Head>,
@@ -22,16 +24,19 @@ pub struct Answer {
 
 impl Answer {
     /// # Errors
-    /// `Task` where it is none of the statement's model, and where at some position there is no proof.
-    pub fn read(known: &Known, tokens: &[u32], states: &[Vec<f32>]) -> Result<Self, Error> {
-        let Subject::Head { model, .. } = &known.subject else {
+    /// `Task` where it is none of the statement's model, and where at some position there is no proof. `Ended`.
+    pub fn read(known: &Known, tokens: &[u32], states: &[Vec<f32>], ended: Ended<'_>) -> Result<Self, Error> {
+        let Subject::Head { model, hash, .. } = &known.subject else {
             return Err(Error::Task("a commitment is about no states: ask an output head".into()));
         };
         check_answer(model, tokens, states).map_err(Error::Task)?;
-        let head = Arc::new(read_head(model)?);
+        let head = Arc::new(read_head(model, hash)?);
         let states: Vec<State> = states.iter().map(|values| State::round(values, model.width)).collect::<Result<_, _>>()?;
         let mut leaves = Vec::with_capacity(tokens.len());
         for (position, (token, state)) in (0..).zip(tokens.iter().zip(&states)) {
+            if ended() {
+                return Err(Error::Ended);
+            }
             choose(&head, position, *token, state)?;
             leaves.push(Leaf { position, token: *token, state: wire::word(state.commitment()) });
         }
@@ -84,7 +89,8 @@ pub fn check(known: &Known, key: &PreparedKey, samples: u32, proof: &Proof) -> R
     if proof.public_inputs != public_inputs(&word, proof.about.job) {
         return Err("its public inputs are not those of what it says".into());
     }
-    let openings = trace::decode(&proof.proof).ok_or("it is not openings as the contract takes them")?;
+    let openings = trace::decode(&proof.proof, samples as usize)
+        .ok_or_else(|| format!("it is not {samples} openings as the contract takes them"))?;
     let positions = trace::draw(&draw, &word, samples, *tokens);
     if positions.is_empty() || !positions.iter().eq(openings.iter().map(|opening| &opening.leaf.position)) {
         return Err(format!("it does not open the {samples} positions that were drawn"));

@@ -12,12 +12,16 @@ use crate::gguf::tests::gguf;
 const HEAD: &str = "output-head:small";
 
 fn open(folder: &Path, max_memory_mib: u64) -> Prover {
+    drawing(folder, max_memory_mib, 4)
+}
+
+fn drawing(folder: &Path, max_memory_mib: u64, samples: u32) -> Prover {
     let path = folder.join("small.gguf");
     // Two rows of one block each: 64 equal weights of 1, and of -1.
     let block = |weight: u8| [&[0, 0x3c][..], &[weight; 32]].concat();
     fs::write(&path, gguf("token_embd.weight", 8, &[block(1), block(255)].concat(), None)).unwrap();
     let models = vec![ModelConfig { name: "small".into(), path, digest: None }];
-    let config = Config { models, max_memory_mib, ..Config::default() };
+    let config = Config { models, max_memory_mib, samples, ..Config::default() };
     Prover::open(&config, Store::open(folder).unwrap()).unwrap()
 }
 
@@ -79,58 +83,95 @@ fn a_head_proves_what_it_chooses_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let prover = open(folder.path(), 100);
     let values: Vec<f32> = (0..32).map(|at| 1.0 + at as f32).collect();
-    let state = |values: &[f32], token| Witness::State { position: 9, values: values.to_vec(), token };
-    let good = prove(&prover, &task(&prover, HEAD, state(&values, 0))).unwrap();
+    let draw = wire::hash_text(&[9; 32]);
+    let answer =
+        |values: &[f32], token| Witness::Answer { tokens: vec![token], states: vec![values.to_vec()], draw: draw.clone() };
+    let good = prove(&prover, &task(&prover, HEAD, answer(&values, 0))).unwrap();
     assert!(verify(&prover, &good).holds);
-    assert_eq!((good.public_inputs.len(), good.proof.len()), (128, 256));
+    assert_eq!(good.public_inputs.len(), 64);
     let place = prover.place(HEAD).unwrap();
-    let commitments = prover.commit(place, &[values.clone()]).unwrap();
-    assert_eq!(good.claim, Claim::Token { position: 9, token: 0, state: commitments[0].clone() });
+    let trace = prover.trace(place, &[0], &[values.clone()], &|| false).unwrap();
+    assert_eq!(good.claim, Claim::Answer { trace, tokens: 1, draw: draw.clone() });
+    assert!(matches!(prover.trace(place, &[0], &[values.clone()], &|| true), Err(Error::Ended)));
 
     let refused = |task: &Task, why: &str| {
         let error = PluginError::from(prove(&prover, task).unwrap_err());
         assert!(error.code == Code::InvalidArgument && error.message.contains(why), "{error}");
     };
-    refused(&task(&prover, HEAD, state(&values, 1)), "gives token 0 the logit");
-    refused(&task(&prover, HEAD, state(&values, 2)), "no token 2");
-    refused(&task(&prover, HEAD, state(&values[1..], 0)), "31 values");
-    refused(&task(&prover, HEAD, state(&[f32::NAN; 32], 0)), "finite");
-    refused(&task(&prover, HEAD, Witness::None), "state");
-    let mut other = task(&prover, HEAD, state(&values, 0));
+    refused(&task(&prover, HEAD, answer(&values, 1)), "gives token 0 the logit");
+    refused(&task(&prover, HEAD, answer(&values, 2)), "no token 2");
+    refused(&task(&prover, HEAD, answer(&values[1..], 0)), "31 values");
+    refused(&task(&prover, HEAD, answer(&[f32::NAN; 32], 0)), "finite");
+    refused(&task(&prover, HEAD, Witness::None), "answer");
+    let mut other = task(&prover, HEAD, answer(&values, 0));
     other.about.model = "0".repeat(64);
     refused(&other, "is about the model");
 
     let changes: [fn(&mut Proof); 6] = [
         |proof| proof.about.model = "0".repeat(64),
-        |proof| proof.about.subject = wire::hash_text(&wire::word_of(6)),
+        |proof| {
+            proof.about.subject = wire::hash_text(&wire::word_of(6));
+            proof.public_inputs = answer::public_inputs(&wire::word_of(6), None);
+        },
         |proof| proof.claim = Claim::None,
         |proof| {
-            if let Claim::Token { position, .. } = &mut proof.claim {
-                *position += 1
+            if let Claim::Answer { trace, .. } = &mut proof.claim {
+                *trace = wire::hash_text(&[0xff; 32])
             }
         },
         |proof| {
-            if let Claim::Token { token, .. } = &mut proof.claim {
-                *token += 1
+            if let Claim::Answer { tokens, .. } = &mut proof.claim {
+                *tokens = 9
             }
         },
-        |proof| {
-            if let Claim::Token { state, .. } = &mut proof.claim {
-                *state = wire::hash_text(&[0xff; 32])
-            }
-        },
+        |proof| proof.about.job = Some(7),
     ];
     for change in changes {
         let mut proof = good.clone();
         change(&mut proof);
         let verdict = verify(&prover, &proof);
         assert!(!verdict.holds && verdict.why.is_some(), "{proof:?}");
-        // Also where the public inputs are changed to fit.
-        if let Ok(inputs) = prover.known(place).inputs(&proof.about, &proof.claim) {
-            proof.public_inputs = inputs.into_iter().flat_map(wire::word).collect();
-            assert!(!verify(&prover, &proof).holds, "{proof:?}");
-        }
     }
+}
+
+#[test]
+fn the_number_of_draws_is_part_of_a_heads_program_and_of_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let programs = |samples| {
+        let prover = drawing(folder.path(), 100, samples);
+        for statement in ["commitment", HEAD] {
+            prover.prepare(prover.place(statement).unwrap(), &|_| {}, &|| false).unwrap();
+        }
+        prover.statements().into_iter().map(|statement| statement.program.unwrap()).collect::<Vec<_>>()
+    };
+    let (four, two) = (programs(4), programs(2));
+    assert_eq!(four[0], two[0], "the same keys");
+    assert_ne!(four[1], two[1], "a contract that draws four refuses what two openings prove");
+    assert_eq!(four, programs(4));
+}
+
+#[test]
+fn what_is_prepared_is_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let prover = open(folder.path(), 100);
+    for statement in ["commitment", HEAD] {
+        let place = prover.place(statement).unwrap();
+        assert_eq!(prover.estimate(place).prove_cpu_ms, None);
+        prover.prepare(place, &|_| {}, &|| false).unwrap();
+        assert!(prover.estimate(place).prove_cpu_ms.is_some(), "{statement}");
+    }
+}
+
+#[test]
+fn keys_are_not_made_from_a_file_that_was_replaced_since() {
+    let folder = tempfile::tempdir().unwrap();
+    let prover = open(folder.path(), 100);
+    let path = folder.path().join("small.gguf");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() = 7;
+    fs::write(&path, bytes).unwrap();
+    let error = prover.prepare(prover.place(HEAD).unwrap(), &|_| {}, &|| false).unwrap_err();
+    assert!(matches!(error, Error::Model { .. }), "{error}");
 }
 
 #[test]

@@ -12,19 +12,20 @@ use fabstir_plugin_api::chain::{Act, Hash32, JobResult, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::inference::{Chunk, Done, Input};
-use fabstir_plugin_api::prover::{About, Proof, Task, Witness};
+use fabstir_plugin_api::prover::{About, Claim, Proof, Task, Witness};
 use fabstir_plugin_api::storage::Expect;
 use fabstir_plugin_api::stream::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::traced::is_traced;
-use super::verdict::{Cause, OnChain, paid_output};
+use super::traced::{Could, is_traced};
+use super::verdict::{Cause, OnChain, for_answer, paid_output};
 use super::{AGAIN, CALL, Shared};
 use crate::clock::now_ms;
 use crate::market::journal::JournalError;
 use crate::market::journal::jobs::{JobRow, State, Step};
 use crate::market::posting::{JobInput, JobOutput, ResultRef};
-use crate::market::{Desk, DeskError, proving};
+use crate::market::proving::{self, Provable};
+use crate::market::{Desk, DeskError};
 use crate::scheduler::{Refused, estimated_tokens};
 
 /// What is left of a job's time for handing its result in. Seconds.
@@ -33,8 +34,12 @@ const MARGIN_S: u64 = 15;
 const FOLLOW: Duration = Duration::from_secs(60);
 /// How long after its last moment a claim may still be seen. Seconds.
 const LATE_S: u64 = 120;
-/// How long a prover may take to commit to an answer.
-const TRACE: Duration = Duration::from_secs(60);
+/// The pause before an answer is read once more whose states were others than those that were committed to.
+const READ_AGAIN: Duration = Duration::from_secs(10);
+/// The pause before a proof is ordered once more that was not sent.
+const SEND_AGAIN: Duration = Duration::from_secs(30);
+/// What the contract calls a proof that its verifier does not accept.
+const REJECTED: &str = "ProofRejected";
 /// The pieces in which a result is stored.
 const PIECE: usize = 256 << 10;
 
@@ -79,11 +84,13 @@ pub(super) struct Carrier {
     slots: Arc<Semaphore>,
     slot: Option<OwnedSemaphorePermit>,
     coming: Option<Coming>,
+    /// The states that its result has committed to. After a start they are read anew.
+    states: Option<Vec<Vec<f32>>>,
 }
 
 impl Carrier {
     pub fn new(shared: Arc<Shared>, slots: Arc<Semaphore>, slot: Option<OwnedSemaphorePermit>) -> Self {
-        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot }
+        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot, states: None }
     }
 
     /// Carries a job on from the state that it is in. Ends when there is nothing left to do, or, once the node stops, with the first
@@ -213,7 +220,7 @@ impl Carrier {
         };
         let trace = match is_traced(&row.terms) {
             false => None,
-            true => match self.trace(&row, &tokens).await? {
+            true => match self.trace(&row, &tokens, end_s).await {
                 Ok(trace) => Some(trace),
                 Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
             },
@@ -244,7 +251,8 @@ impl Carrier {
                 return Err(wait(format!("the model {} is not served at the moment", row.terms.model), AGAIN));
             };
             self.coming = None;
-            let refused = match self.generate(row, &input, &model.name, self.left(end_s)).await {
+            let within = for_answer(is_traced(&row.terms), self.left(end_s));
+            let refused = match self.generate(row, &input, &model.name, within).await {
                 Ok((output, tokens)) => return Ok(within_terms(row, output).map(|output| (output, tokens))),
                 Err(refused) => refused,
             };
@@ -296,21 +304,79 @@ impl Carrier {
         }
     }
 
-    /// The root over the answer's tokens and states, or why none of it could be proven.
-    async fn trace(&self, row: &JobRow, tokens: &[u32]) -> Result<Result<Hash32, (Cause, String)>, Trouble> {
-        let no = |why: String| Ok(Err((Cause::Proof, why)));
-        let Some(provable) = self.shared.provable(&row.terms).await else {
-            return no(format!("no prover plugin proves by the program {} any more", row.terms.program));
-        };
-        let states = match self.shared.states(row, tokens).await? {
-            Ok(states) => states,
-            Err((_, why)) => return no(why),
-        };
-        let id = provable.statement.id.clone();
-        match provable.prover.trace(&Cx::new().with_timeout(TRACE), id, tokens.to_vec(), states).await {
-            Ok(trace) => Ok(Ok(trace)),
-            Err(error) => no(error.to_string()),
+    /// The root over the answer's tokens and states, or why none of it can be proven in time.
+    async fn trace(&mut self, row: &JobRow, tokens: &[u32], end_s: u64) -> Result<Hash32, (Cause, String)> {
+        let mut told = false;
+        loop {
+            let left = self.left(end_s);
+            if left.is_zero() {
+                return Err((Cause::Time, "there is no time left to commit to its tokens".into()));
+            }
+            let error = match self.traced(row, tokens, left).await {
+                Ok(traced) => return traced,
+                // There is no such trace, now or later.
+                Err(error) if matches!(error.code, Code::InvalidArgument | Code::Unimplemented | Code::NotFound) => {
+                    return Err((Cause::Proof, error.to_string()));
+                }
+                Err(error) => error,
+            };
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(job = row.id, code = %error.code, %error, "An answer's tokens cannot be committed to; trying again.");
+            }
+            tokio::time::sleep(AGAIN.min(self.left(end_s))).await;
         }
+    }
+
+    async fn traced(&mut self, row: &JobRow, tokens: &[u32], within: Duration) -> Could<Hash32> {
+        let provable = self.shared.provable(&row.terms).await.ok_or_else(|| unprovable(row))?;
+        if self.states.is_none() {
+            match self.shared.states(row, tokens, within).await? {
+                Ok(states) => self.states = Some(states),
+                Err(because) => return Ok(Err(because)),
+            }
+        }
+        let states = self.states.clone().unwrap_or_default();
+        let id = provable.statement.id.clone();
+        Ok(Ok(provable.prover.trace(&Cx::new().with_timeout(within), id, tokens.to_vec(), states).await?))
+    }
+
+    /// Where the positions of a job's proof are drawn, if its proof is about positions.
+    async fn draw(&self, row: &JobRow) -> Result<Option<Hash32>, PluginError> {
+        match is_traced(&row.terms) {
+            true => Ok(Some(self.desk().chain.draw(&Cx::new().with_timeout(CALL), row.id).await?)),
+            false => Ok(None),
+        }
+    }
+
+    /// What is proven of a delivered result: at the positions that a later block has drawn, by the states that it has committed to.
+    async fn witness(
+        &mut self,
+        row: &JobRow,
+        provable: &Provable,
+        result: &JobResult,
+        draw: Hash32,
+        within: Duration,
+    ) -> Result<Result<Witness, (Cause, String)>, Trouble> {
+        let tokens = row.tokens.clone();
+        if let Some(states) = self.states.clone() {
+            return Ok(Ok(Witness::Answer { tokens, states, draw }));
+        }
+        let states = match self.shared.states(row, &tokens, within).await? {
+            Ok(states) => states,
+            Err(because) => return Ok(Err(because)),
+        };
+        let (cx, id) = (Cx::new().with_timeout(within), provable.statement.id.clone());
+        match provable.prover.trace(&cx, id, tokens.clone(), states.clone()).await {
+            Ok(root) if Some(&root) == result.trace.as_ref() => {}
+            // Computed in another order, sums of floats are others. No proof of these states would be accepted.
+            Ok(_) => return Err(wait("its states, read anew, are not those of its result; reading them once more", READ_AGAIN)),
+            Err(error) if error.code == Code::InvalidArgument => {
+                return Err(wait(format!("its states, read anew, are not those of its result: {error}"), READ_AGAIN));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.states = Some(states.clone());
+        Ok(Ok(Witness::Answer { tokens, states, draw }))
     }
 
     /// Keeps the result in the best place that takes it.
@@ -416,18 +482,21 @@ impl Carrier {
             return self.over(row, State::Failed, Cause::Proof, "its result is not in this node's journal").await;
         };
         let program = &row.terms.program;
-        let Some(provable) = self.shared.provable(&row.terms).await else {
-            return Err(wait(format!("no prover plugin proves by the program {program} at the moment"), AGAIN));
-        };
+        let provable = self.shared.provable(&row.terms).await.ok_or_else(|| unprovable(row))?;
         let Some(model) = self.shared.digest(&row.terms.model).await? else {
             return Err(wait(format!("the model {} is not served at the moment", row.terms.model), AGAIN));
         };
         let subject = self.desk().chain.subject(&Cx::new().with_timeout(CALL), row.id, Sure::Latest).await?;
+        let draw = self.draw(row).await?;
+        // It may be there already, where only its order has come to nothing.
+        if row.proof.as_ref().is_some_and(|proof| is_of(proof, &subject, draw.as_ref())) {
+            return self.step(row, Step::to(State::Proved)).await;
+        }
         let (input, output) = (row.input_commitment.clone(), result.output_commitment.clone());
         let about = About { subject, job: Some(row.id), model, input, output };
-        let witness = match is_traced(&row.terms) {
-            false => Witness::None,
-            true => match self.shared.witness(row).await? {
+        let witness = match draw {
+            None => Witness::None,
+            Some(draw) => match self.witness(row, &provable, result, draw, self.left(end_s)).await? {
                 Ok(witness) => witness,
                 Err((cause, why)) => return self.over(row, State::Failed, cause, why).await,
             },
@@ -442,7 +511,9 @@ impl Carrier {
                     ms = begun.elapsed().as_millis() as u64,
                     "Job proven."
                 );
-                self.step(row, Step { proof: Some(proof), ..Step::to(State::Proved) }).await
+                // One that was ordered before was of something else: this one's order has another key.
+                let anew = row.proof.is_some();
+                self.step(row, Step { proof: Some(proof), anew, ..Step::to(State::Proved) }).await
             }
             // There is no such proof, now or later.
             Err(error) if matches!(error.code, Code::InvalidArgument | Code::Unimplemented) => {
@@ -452,23 +523,48 @@ impl Carrier {
         }
     }
 
-    /// Hands the proof in.
-    async fn hand_in_proof(&self, row: &JobRow) -> Next {
-        let Some(Proof { public_inputs, proof, .. }) = row.proof.clone() else {
+    /// Hands the proof in. What the contract would refuse is not sent: each refusal costs a fee.
+    async fn hand_in_proof(&mut self, row: &JobRow) -> Next {
+        (self.slot, self.coming) = (None, None);
+        let Some(proof) = row.proof.clone() else {
             return self.step(row, Step::to(State::Proving)).await;
         };
-        let act = Act::SubmitProof { job: row.id, public_inputs, proof };
-        match self.desk().follow(format!("proof-{}-{}", row.id, row.attempt), act, FOLLOW).await {
+        let act = Act::SubmitProof { job: row.id, public_inputs: proof.public_inputs.clone(), proof: proof.proof.clone() };
+        let outcome = match self.desk().quote(act.clone()).await {
+            Ok(_) => self.desk().follow(format!("proof-{}-{}", row.id, row.attempt), act, FOLLOW).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
             Ok(done) => {
                 tracing::info!(job = row.id, block = done.block, "Proof accepted.");
                 self.step(row, Step::to(State::Submitted)).await
             }
             Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) => Err(error.into()),
-            // What it names may be another result by now, where the chain has taken blocks back: the state above decides anew.
             Err(error) => {
                 tracing::warn!(job = row.id, %error, "A proof was not handed in.");
-                tokio::time::sleep(AGAIN).await;
-                self.step(row, Step { anew: true, ..Step::to(State::Proving) }).await
+                self.refused_proof(row, &proof, error).await
+            }
+        }
+    }
+
+    /// What to do about a proof that the contract does not take, or that was not sent.
+    async fn refused_proof(&self, row: &JobRow, proof: &Proof, error: DeskError) -> Next {
+        let until_s = match self.shared.on_chain(row, Sure::Latest).await? {
+            OnChain::Delivered { until_s, owes_proof: true } => until_s,
+            OnChain::Ours { .. } | OnChain::Open | OnChain::Absent => return self.step(row, Step::to(State::Stored)).await,
+            other => return self.not_ours(row, &other).await,
+        };
+        if self.left(until_s).is_zero() {
+            return self.over(row, State::Failed, Cause::Proof, error.to_string()).await;
+        }
+        let subject = self.desk().chain.subject(&Cx::new().with_timeout(CALL), row.id, Sure::Latest).await?;
+        let draw = self.draw(row).await?;
+        match after_refusal(proof, &subject, draw.as_ref(), &error) {
+            AfterRefusal::ProveAnew => self.step(row, Step { anew: true, ..Step::to(State::Proving) }).await,
+            AfterRefusal::GiveUp => self.over(row, State::Failed, Cause::Proof, error.to_string()).await,
+            AfterRefusal::SendAnew => {
+                tokio::time::sleep(SEND_AGAIN.min(self.left(until_s))).await;
+                self.step(row, Step { anew: true, ..Step::to(State::Proved) }).await
             }
         }
     }
@@ -511,6 +607,38 @@ impl Carrier {
     }
 }
 
+/// What is done about a proof that was not taken.
+#[derive(Debug, PartialEq, Eq)]
+enum AfterRefusal {
+    /// Blocks were taken back, and it is of another result, or at positions that are drawn no longer.
+    ProveAnew,
+    /// It is of what the contract has, and so would be every other: making it again leads to the same end, at a fee each time.
+    GiveUp,
+    /// Nothing is wrong with it.
+    SendAnew,
+}
+
+/// Whether a proof is about what the contract has now.
+fn is_of(proof: &Proof, subject: &Hash32, draw: Option<&Hash32>) -> bool {
+    let drawn = if let Claim::Answer { draw, .. } = &proof.claim { Some(draw) } else { None };
+    proof.about.subject == *subject && drawn == draw
+}
+
+fn after_refusal(proof: &Proof, subject: &Hash32, draw: Option<&Hash32>, error: &DeskError) -> AfterRefusal {
+    if !is_of(proof, subject, draw) {
+        return AfterRefusal::ProveAnew;
+    }
+    match error {
+        DeskError::Refused(why) if why.contains(REJECTED) => AfterRefusal::GiveUp,
+        DeskError::Reverted { why: Some(why), .. } if why.contains(REJECTED) => AfterRefusal::GiveUp,
+        _ => AfterRefusal::SendAnew,
+    }
+}
+
+fn unprovable(row: &JobRow) -> PluginError {
+    PluginError::unavailable(format!("no prover plugin proves by the program {} at the moment", row.terms.program))
+}
+
 /// An answer, with its tokens where they are traced.
 type Answered = (JobOutput, Vec<u32>);
 
@@ -532,6 +660,34 @@ mod tests {
 
     use super::super::verdict::tests::row;
     use super::*;
+
+    #[test]
+    fn a_proof_that_is_rejected_is_made_again_only_if_it_would_be_another() {
+        let word = |digit: &str| format!("0x{}", digit.repeat(64));
+        let about = About { subject: word("1"), job: Some(1), model: String::new(), input: word("2"), output: word("3") };
+        let proof = |claim| Proof {
+            statement: String::new(),
+            system: String::new(),
+            program: word("4"),
+            about: about.clone(),
+            claim,
+            public_inputs: vec![],
+            proof: vec![],
+        };
+        let rejected = || DeskError::Refused("ProofRejected(ProofRejected { job_id: 1 })".into());
+        let reverted = |why: Option<&str>| DeskError::Reverted { transaction: None, why: why.map(str::to_owned) };
+        let receipt = proof(Claim::None);
+        assert_eq!(after_refusal(&receipt, &word("1"), None, &rejected()), AfterRefusal::GiveUp);
+        assert_eq!(after_refusal(&receipt, &word("1"), None, &reverted(Some("ProofRejected"))), AfterRefusal::GiveUp);
+        assert_eq!(after_refusal(&receipt, &word("5"), None, &rejected()), AfterRefusal::ProveAnew);
+        let answer = proof(Claim::Answer { trace: word("6"), tokens: 1, draw: word("7") });
+        assert_eq!(after_refusal(&answer, &word("1"), Some(&word("7")), &rejected()), AfterRefusal::GiveUp);
+        assert_eq!(after_refusal(&answer, &word("1"), Some(&word("8")), &rejected()), AfterRefusal::ProveAnew);
+        // What says nothing about the proof costs no proof, and no bond.
+        for error in [reverted(None), DeskError::Refused("insufficient funds".into()), DeskError::Dead { why: None }] {
+            assert_eq!(after_refusal(&receipt, &word("1"), None, &error), AfterRefusal::SendAnew);
+        }
+    }
 
     #[test]
     fn no_more_is_charged_than_the_terms_pay_for() {

@@ -53,6 +53,11 @@ impl Due {
         Ok(())
     }
 
+    /// The chain has taken blocks back: what was read of it may not be so any more.
+    pub fn forget(&mut self) {
+        (self.looked, self.until_s) = (None, HashMap::new());
+    }
+
     async fn step(&self, shared: &Shared, id: JobId, step: Step) -> Result<(), DeskError> {
         let stepped = shared.seller.journal.step_job(id, State::Submitted, step).await;
         Ok(stepped.map(drop).map_err(PluginError::from)?)

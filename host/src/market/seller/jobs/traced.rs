@@ -6,19 +6,19 @@ use fabstir_plugin_api::chain::JobTerms;
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::inference::{States, Template, Tokenize};
-use fabstir_plugin_api::prover::{ProofKind, Witness};
+use fabstir_plugin_api::prover::ProofKind;
 
+use super::Shared;
 use super::verdict::Cause;
-use super::{CALL, Shared};
 use crate::market::journal::jobs::JobRow;
 use crate::market::posting::JobInput;
-use crate::market::proving::{self, Provable};
+use crate::market::proving::{self, Provable, Provables};
 
 /// How long reading an answer anew may take.
 const READ: Duration = Duration::from_secs(600);
 
 /// Something that can be done, or will never be.
-type Could<T> = Result<Result<T, (Cause, String)>, PluginError>;
+pub type Could<T> = Result<Result<T, (Cause, String)>, PluginError>;
 
 /// Whether a job's proof is about the tokens of its result.
 pub fn is_traced(terms: &JobTerms) -> bool {
@@ -28,23 +28,16 @@ pub fn is_traced(terms: &JobTerms) -> bool {
 impl Shared {
     /// Who proves what these terms ask for.
     pub async fn provable(&self, terms: &JobTerms) -> Option<Provable> {
-        let routes = self.seller.routes.borrow().clone();
-        let provables = proving::provable(&routes, &self.desk.network).await;
-        provables.ready.into_iter().find(|provable| provable.is_of(terms.proof_kind, &terms.program))
+        self.provables().await.ready.into_iter().find(|provable| provable.is_of(terms))
     }
 
-    /// What is proven of a delivered result: at the positions that a later block has drawn.
-    pub async fn witness(&self, row: &JobRow) -> Could<Witness> {
-        let states = match self.states(row, &row.tokens).await? {
-            Ok(states) => states,
-            Err(because) => return Ok(Err(because)),
-        };
-        let draw = self.desk.chain.draw(&Cx::new().with_timeout(CALL), row.id).await?;
-        Ok(Ok(Witness::Answer { tokens: row.tokens.clone(), states, draw }))
+    pub async fn provables(&self) -> Provables {
+        let routes = self.seller.routes.borrow().clone();
+        proving::provable(&routes, &*self.desk.chain, &self.desk.network, &self.seller.prepared).await
     }
 
     /// The model's state before each token of an answer, read anew.
-    pub async fn states(&self, row: &JobRow, tokens: &[u32]) -> Could<Vec<Vec<f32>>> {
+    pub async fn states(&self, row: &JobRow, tokens: &[u32], within: Duration) -> Could<Vec<Vec<f32>>> {
         let no = |why: String| Ok(Err((Cause::Proof, why)));
         let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
             Ok(input) => input,
@@ -59,7 +52,7 @@ impl Shared {
         let Some(_inside) = route.in_flight.enter() else {
             return Err(PluginError::unavailable(format!("the plugin {} takes no more calls at the moment", route.plugin)));
         };
-        let cx = Cx::new().with_timeout(READ);
+        let cx = Cx::new().with_timeout(within.min(READ));
         let read = async {
             let text = route.inference.apply_template(&cx, Template { model: model.clone(), messages: input.messages }).await?;
             let mut read = route.inference.tokenize(&cx, Tokenize { model: model.clone(), text, special: true }).await?;

@@ -1,6 +1,8 @@
 //! Whether a posted job is worth taking, from what it says and how this node stands. Nothing is asked here, and nothing is changed.
 
-use fabstir_plugin_api::chain::{Hash32, Job, JobState, JobTerms, ModelId};
+use std::time::Duration;
+
+use fabstir_plugin_api::chain::{Account, Amount, Hash32, Job, JobState, JobTerms, ModelId, Quote};
 use fabstir_plugin_api::inference::Input;
 use fabstir_plugin_api::prover::ProofKind;
 
@@ -25,6 +27,7 @@ pub enum Cause {
     Coin,
     Price,
     Proof,
+    Arbiter,
     Bond,
     Input,
     TooLong,
@@ -42,11 +45,12 @@ pub enum Cause {
 }
 
 impl Cause {
-    pub const ALL: [Cause; 18] = [
+    pub const ALL: [Cause; 19] = [
         Cause::Model,
         Cause::Coin,
         Cause::Price,
         Cause::Proof,
+        Cause::Arbiter,
         Cause::Bond,
         Cause::Input,
         Cause::TooLong,
@@ -69,6 +73,7 @@ impl Cause {
             Cause::Coin => "coin",
             Cause::Price => "price",
             Cause::Proof => "proof",
+            Cause::Arbiter => "arbiter",
             Cause::Bond => "bond",
             Cause::Input => "input",
             Cause::TooLong => "too_long",
@@ -99,7 +104,11 @@ impl Cause {
                 "They pay less than network.price_input_wei_per_mtok or price_output_wei_per_mtok: lower them to get such jobs."
             }
             Cause::Proof => {
-                "They ask for a proof that no prover plugin here makes for this chain, or for one too soon: `fabstir-node proof ls` shows which it makes."
+                "They ask for a proof that no prover plugin here makes for this chain and their model, or sooner than those that are promised allow: \
+                 `fabstir-node proof ls` shows which are made, and how long each takes."
+            }
+            Cause::Arbiter => {
+                "They name an arbiter, who may give amount and bond to the client: market.arbiters has those whose rulings are accepted."
             }
             Cause::Bond => "They ask for a larger bond than market.max_bond_wei: raise it, with stake enough, to get such jobs.",
             Cause::Input => "Their input is not what its commitment says, or cannot be read: the client's doing.",
@@ -151,8 +160,42 @@ pub struct Served {
 pub struct Proves {
     pub kind: u8,
     pub program: Hash32,
+    /// What the chain calls the model that it is about, where it is about one.
+    pub model: Option<ModelId>,
     /// Processor time that it takes, in milliseconds, where it was measured.
     pub takes_ms: Option<u64>,
+}
+
+impl Proves {
+    fn is_asked(&self, terms: &JobTerms) -> bool {
+        self.kind == terms.proof_kind && self.program == terms.program
+    }
+}
+
+/// Whether proofs about a model are what a job wants that names another one. A receipt is about any.
+pub fn is_about(kind: u8, model: Option<&ModelId>, asked: &ModelId) -> bool {
+    model.map_or(ProofKind::Commitment.number() == Some(kind), |model| model == asked)
+}
+
+/// The proofs that this node has promised and not made yet. They are made one after the other, in whatever order their results are handed
+/// in, so that each of them may come last.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Promised {
+    takes_ms: u64,
+    /// The shortest time that one of them is given. Seconds.
+    least_s: Option<u64>,
+}
+
+impl Promised {
+    pub fn add(&mut self, takes_ms: u64, prove_s: u64) {
+        self.takes_ms = self.takes_ms.saturating_add(takes_ms);
+        self.least_s = Some(self.least_s.map_or(prove_s, |least| least.min(prove_s)));
+    }
+
+    /// The seconds that all of them may take, and one more.
+    fn needed_s(&self, takes_ms: u64) -> u64 {
+        LEAST_PROVE_S + self.takes_ms.saturating_add(takes_ms).saturating_mul(PROVE_SHARE) / 1000
+    }
 }
 
 /// How this node stands.
@@ -163,12 +206,29 @@ pub struct Standing {
     pub is_starting: bool,
     pub can_store: bool,
     pub proves: Vec<Proves>,
+    pub promised: Promised,
+    /// Whose rulings are accepted.
+    pub arbiters: Vec<Account>,
     /// Whether peers can fetch what it has stored. `None`: not yet.
     pub is_in_network: Option<bool>,
     pub prices: Prices,
     pub max_bond_wei: u128,
     /// The contracts' clock, in seconds since 1970.
     pub now_s: u64,
+}
+
+impl Standing {
+    /// Counts the proof of a job that is to be taken.
+    pub fn promise(&mut self, terms: &JobTerms) {
+        if let Some(takes_ms) = self.takes_ms(terms) {
+            self.promised.add(takes_ms, terms.prove_s);
+        }
+    }
+
+    /// How long the proof takes that a job asks for; `None` where none is asked for, or known.
+    pub fn takes_ms(&self, terms: &JobTerms) -> Option<u64> {
+        self.proves.iter().find(|proves| proves.is_asked(terms)).and_then(|proves| proves.takes_ms)
+    }
 }
 
 /// What to do about a job.
@@ -201,6 +261,10 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     if terms.host_bond.0 > node.max_bond_wei {
         return no(Cause::Bond, format!("its bond is {} wei, {} are put up at most", terms.host_bond, node.max_bond_wei));
     }
+    let is_accepted = |arbiter: &Account| node.arbiters.iter().any(|known| known.eq_ignore_ascii_case(arbiter));
+    if terms.arbiter != NATIVE && !is_accepted(&terms.arbiter) {
+        return no(Cause::Arbiter, format!("it names the arbiter {}, whose rulings are not accepted here", terms.arbiter));
+    }
     if terms.deliver_s < LEAST_DELIVER_S {
         return no(Cause::Time, format!("it gives {} s to deliver, {LEAST_DELIVER_S} are needed", terms.deliver_s));
     }
@@ -209,8 +273,14 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         Err(error @ PostingError::TooLarge { .. }) => return no(Cause::TooLong, error.to_string()),
         Err(error) => return no(Cause::Input, error.to_string()),
     };
-    if ProofKind::OutputHead.number() == Some(terms.proof_kind) && input.temperature != Some(0.0) {
-        return no(Cause::Input, "only what always takes the likeliest token can be proven: its temperature is not 0".into());
+    if ProofKind::OutputHead.number() == Some(terms.proof_kind) {
+        if input.temperature != Some(0.0) {
+            return no(Cause::Input, "only what always takes the likeliest token can be proven: its temperature is not 0".into());
+        }
+        // Else its client could see to it that there is no token to prove, and has a tenth of the bond for the asking.
+        if !input.stop.is_empty() {
+            return no(Cause::Input, "it asks for a proof of an answer that its own stop texts may leave without a token".into());
+        }
     }
     let tokens = estimated_tokens(&Input::Messages(input.messages));
     if tokens > terms.max_input_tokens {
@@ -221,18 +291,26 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         return no(Cause::Amount, "its terms pay for no token of an answer".into());
     }
     let later = |cause, why: String| if node.is_starting { Verdict::Wait(cause, why) } else { Verdict::Decline(cause, why) };
+    let mut promise = None;
     if terms.proof_kind != 0 {
-        let known = node.proves.iter().find(|proves| proves.kind == terms.proof_kind && proves.program == terms.program);
-        let Some(known) = known else {
+        let asked: Vec<&Proves> = node.proves.iter().filter(|proves| proves.is_asked(terms)).collect();
+        if asked.is_empty() {
             return later(
                 Cause::Proof,
                 format!("it asks for a proof of kind {} by the program {}", terms.proof_kind, terms.program),
             );
+        }
+        let Some(known) = asked.iter().find(|proves| is_about(proves.kind, proves.model.as_ref(), &terms.model)) else {
+            return no(Cause::Proof, format!("the program {} proves nothing about the model {}", terms.program, terms.model));
         };
-        let needed = LEAST_PROVE_S + known.takes_ms.unwrap_or(0).saturating_mul(PROVE_SHARE) / 1000;
+        let Some(takes_ms) = known.takes_ms else {
+            return later(Cause::Proof, format!("how long a proof by the program {} takes was never measured", terms.program));
+        };
+        let needed = Promised::default().needed_s(takes_ms);
         if terms.prove_s < needed {
             return no(Cause::Proof, format!("it gives {} s to prove, {needed} are needed", terms.prove_s));
         }
+        promise = Some(takes_ms);
     }
     let models: Vec<&Served> = node.models.iter().filter(|model| model.id == terms.model).collect();
     if models.is_empty() {
@@ -251,11 +329,52 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         Some(false) => return later(Cause::Network, "the node has no name in the network".into()),
         None => return Verdict::Wait(Cause::Network, "the node has not joined the network yet".into()),
     }
+    if let Some(takes_ms) = promise {
+        let (needed, least) = (node.promised.needed_s(takes_ms), node.promised.least_s.unwrap_or(u64::MAX).min(terms.prove_s));
+        if needed > least {
+            let why = format!("with the proofs that are promised it takes up to {needed} s, and one of them is given {least}");
+            return Verdict::Wait(Cause::Proof, why);
+        }
+    }
     let free = models.iter().find(|model| model.is_free && needed <= model.context.into());
     match free {
         Some(model) => Verdict::Take(model.name.clone()),
         None => Verdict::Wait(Cause::Room, format!("no slot of {} is free", first.name)),
     }
+}
+
+/// What fees say about a job that is good otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fees {
+    Good,
+    /// Not now.
+    High(String),
+    /// Not for this job.
+    TooHigh(String),
+}
+
+/// Looks at the fees of a job's claim, and of handing in its proof where it asks for one.
+pub fn fees(claim: Amount, proof: Option<&Quote>, pays: Amount, max_fee_wei: u128) -> Fees {
+    let all = Amount(claim.0.saturating_add(proof.map_or(0, |quote| quote.fee.0)));
+    if all > pays {
+        return Fees::TooHigh(format!("it pays {pays} wei at most, and its fees are {all}"));
+    }
+    if all.0.saturating_mul(FEE_SHARE) > pays.0 {
+        return Fees::High(format!("its fees are {all} wei, and it pays {pays} at most"));
+    }
+    // A proof that is not signed is a bond that is lost.
+    match proof.and_then(|quote| quote.most) {
+        Some(most) if most.0 > max_fee_wei => {
+            Fees::High(format!("handing its proof in may cost up to {most} wei, and market.max_fee_wei is {max_fee_wei}"))
+        }
+        _ => Fees::Good,
+    }
+}
+
+/// How long an answer may take to be made, of the time that is left. Where its tokens are traced it is read once more from beginning to
+/// end, which takes no longer than making it.
+pub fn for_answer(is_traced: bool, left: Duration) -> Duration {
+    if is_traced { left / 2 } else { left }
 }
 
 /// The most tokens of an answer that a job's terms pay for, after a prompt of so many tokens.
@@ -329,7 +448,7 @@ fn is_same(row: &JobRow, job: &Job) -> bool {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use fabstir_plugin_api::chain::{Amount, JobTerms};
+    use fabstir_plugin_api::chain::JobTerms;
     use fabstir_plugin_api::inference::Message;
 
     use super::*;
@@ -339,7 +458,7 @@ pub(crate) mod tests {
 
     pub fn row(id: u64) -> JobRow {
         let message = Message { role: "user".into(), content: "What is the capital of France?".into(), name: None };
-        let input = JobInput { messages: vec![message], temperature: None, top_p: None, seed: None, stop: vec![] };
+        let input = JobInput { messages: vec![message], temperature: Some(0.0), top_p: None, seed: None, stop: vec![] };
         let (input_commitment, input_ref) = input.carried().expect("fits");
         JobRow {
             id,
@@ -381,12 +500,25 @@ pub(crate) mod tests {
         }
     }
 
+    fn proves(kind: u8, program: &str, model: Option<ModelId>) -> Proves {
+        Proves { kind, program: format!("0x{}", program.repeat(32)), model, takes_ms: Some(10_000) }
+    }
+
+    /// With a proof of 10 s, for which there is so much time.
+    fn asks(prove_s: u64) -> JobRow {
+        let mut row = row(1);
+        (row.terms.proof_kind, row.terms.prove_s, row.terms.program) = (1, prove_s, format!("0x{}", "11".repeat(32)));
+        row
+    }
+
     fn node() -> Standing {
         Standing {
             models: vec![Served { name: "tiny".into(), id: row(1).terms.model, context: 200, is_free: true }],
             is_starting: false,
             can_store: true,
-            proves: vec![Proves { kind: 1, program: format!("0x{}", "11".repeat(32)), takes_ms: Some(10_000) }],
+            proves: vec![proves(1, "11", None)],
+            promised: Promised::default(),
+            arbiters: vec![],
             is_in_network: Some(true),
             prices: Prices { input_per_mtok: 10, output_per_mtok: 20 },
             max_bond_wei: 5,
@@ -442,6 +574,100 @@ pub(crate) mod tests {
         assert!(matches!(judged(69, "11", false), Verdict::Decline(Cause::Proof, _)));
         assert!(matches!(judged(70, "22", false), Verdict::Decline(Cause::Proof, _)));
         assert!(matches!(judged(70, "22", true), Verdict::Wait(Cause::Proof, _)));
+    }
+
+    #[test]
+    fn a_proof_of_another_model_than_the_jobs_is_not_promised() {
+        let head = |model: Option<String>| {
+            let (mut row, mut node) = (asks(600), node());
+            row.terms.proof_kind = 2;
+            node.proves = vec![proves(2, "11", Some("0xother".into())), proves(2, "11", model)];
+            judge(&row, &node)
+        };
+        assert_eq!(head(Some(row(1).terms.model)), Verdict::Take("tiny".into()));
+        for model in [Some("0xother".into()), None] {
+            assert!(matches!(head(model), Verdict::Decline(Cause::Proof, _)));
+        }
+        // A receipt is about any model.
+        assert_eq!(judge(&asks(600), &node()), Verdict::Take("tiny".into()));
+    }
+
+    #[test]
+    fn an_arbiter_that_is_not_accepted_is_declined() {
+        let arbiter = format!("0x{}", "Ab".repeat(20));
+        let judged = |known: &[&str]| {
+            let (mut row, mut node) = (row(1), node());
+            (row.terms.arbiter, row.terms.resolve_s) = (arbiter.clone(), 10);
+            node.arbiters = known.iter().map(|known| known.to_string()).collect();
+            judge(&row, &node)
+        };
+        assert!(matches!(judged(&[]), Verdict::Decline(Cause::Arbiter, _)));
+        assert!(matches!(judged(&["0x0000000000000000000000000000000000000001"]), Verdict::Decline(Cause::Arbiter, _)));
+        assert_eq!(judged(&[&arbiter.to_lowercase()]), Verdict::Take("tiny".into()));
+    }
+
+    #[test]
+    fn no_more_proofs_are_promised_than_can_be_made_before_the_first_is_due() {
+        // Each may take 40 s, and 30 are kept for handing it in.
+        let mut node = node();
+        let taken = |node: &mut Standing, prove_s| {
+            let row = asks(prove_s);
+            let verdict = judge(&row, node);
+            if verdict == Verdict::Take("tiny".into()) {
+                node.promise(&row.terms);
+            }
+            verdict
+        };
+        assert_eq!(taken(&mut node, 150), Verdict::Take("tiny".into()));
+        assert_eq!(taken(&mut node, 3600), Verdict::Take("tiny".into()), "110 s for both");
+        assert_eq!(taken(&mut node, 150), Verdict::Take("tiny".into()), "150 s for all three");
+        assert!(matches!(taken(&mut node, 3600), Verdict::Wait(Cause::Proof, _)), "it may be made before one that then is late");
+        let mut node = self::node();
+        assert_eq!(taken(&mut node, 3600), Verdict::Take("tiny".into()));
+        assert!(matches!(taken(&mut node, 109), Verdict::Wait(Cause::Proof, _)));
+        assert_eq!(taken(&mut node, 110), Verdict::Take("tiny".into()));
+    }
+
+    #[test]
+    fn a_proof_that_was_never_measured_is_not_promised() {
+        let mut node = node();
+        node.proves[0].takes_ms = None;
+        assert!(matches!(judge(&asks(3600), &node), Verdict::Decline(Cause::Proof, _)));
+        node.is_starting = true;
+        assert!(matches!(judge(&asks(3600), &node), Verdict::Wait(Cause::Proof, _)));
+    }
+
+    #[test]
+    fn an_answer_that_is_to_be_proven_has_no_stop_texts() {
+        let head = |stop: &[&str]| {
+            let (mut row, mut node) = (asks(600), node());
+            row.terms.proof_kind = 2;
+            node.proves = vec![proves(2, "11", Some(row.terms.model.clone()))];
+            let input = JobInput::read(&row.input_ref, &row.input_commitment).expect("is one");
+            let input = JobInput { stop: stop.iter().map(|stop| stop.to_string()).collect(), ..input };
+            (row.input_commitment, row.input_ref) = input.carried().expect("fits");
+            judge(&row, &node)
+        };
+        assert_eq!(head(&[]), Verdict::Take("tiny".into()));
+        assert!(matches!(head(&["Paris"]), Verdict::Decline(Cause::Input, _)));
+    }
+
+    #[test]
+    fn the_fees_of_a_proof_count_before_the_claim() {
+        let proof = |fee, most| Quote { fee: Amount(fee), most, refusal: Some("not yet".into()) };
+        assert_eq!(fees(Amount(10), None, Amount(30), 100), Fees::Good);
+        assert!(matches!(fees(Amount(10), None, Amount(29), 100), Fees::High(_)));
+        assert!(matches!(fees(Amount(10), None, Amount(9), 100), Fees::TooHigh(_)));
+        assert_eq!(fees(Amount(10), Some(&proof(20, Some(Amount(100)))), Amount(90), 100), Fees::Good);
+        assert!(matches!(fees(Amount(10), Some(&proof(21, None)), Amount(90), 100), Fees::High(_)));
+        assert!(matches!(fees(Amount(10), Some(&proof(90, None)), Amount(90), 100), Fees::TooHigh(_)));
+        assert!(matches!(fees(Amount(10), Some(&proof(20, Some(Amount(101)))), Amount(90), 100), Fees::High(_)));
+    }
+
+    #[test]
+    fn half_of_the_time_is_kept_for_reading_an_answer_that_is_traced() {
+        let left = Duration::from_secs(60);
+        assert_eq!((for_answer(false, left), for_answer(true, left)), (left, left / 2));
     }
 
     #[test]

@@ -47,6 +47,7 @@ pub async fn order_is_carried_out(harness: &Harness) -> Result<Outcome> {
     ensure!(!has_failed(taken.state), "a new order begins at {taken:?}");
     let posted = actor.carried_out(&key).await?;
     let (job, fee) = (job_made(&posted)?, fee_of(&posted)?);
+    ensure!(quote.most.is_none_or(|most| most.0 >= fee), "a fee of {fee} is more than was quoted: {quote:?}");
     stages.were_in_order(&key).await?;
 
     let after = actor.balances().await?;
@@ -298,6 +299,7 @@ pub async fn revert_is_told(harness: &Harness) -> Result<Outcome> {
         let act = Act::CancelJob { job };
         let quote = actor.chain.quote(&patient(), act.clone()).await.during(&format!("quote of cancelling {what}"))?;
         ensure!(quote.refusal.is_some_and(|why| !why.is_empty()), "cancelling {what} is quoted without a refusal");
+        ensure!(quote.fee.0 > 0, "nothing says what cancelling {what} would cost if it were not refused");
         let key = unique("cancel");
         actor.act(&key, &act).await?;
         let failed = actor.failed(&key).await.with_context(|| format!("cancelling {what}"))?;

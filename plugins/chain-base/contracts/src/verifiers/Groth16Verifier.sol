@@ -68,8 +68,9 @@ contract Groth16Verifier is IVerifier {
         }
 
         uint256[8] memory points = abi.decode(proof, (uint256[8]));
-        // Neither is infinity a proof's point, nor has a coordinate two ways to be written.
-        if (points[1] == 0 || points[1] >= P) return false;
+        // Infinity, which is written as zeros, is none of a proof's points; no other point of either group has this part zero. A's second
+        // coordinate is reduced below, so that it alone could be written in two ways: the precompile refuses the others above the modulus.
+        if (points[1] == 0 || points[1] >= P || (points[4] | points[5]) == 0 || points[7] == 0) return false;
         // e(A, B) = e(alpha, beta) e(inputs, gamma) e(C, delta). The precompile refuses what is not in its group.
         (bool called, bytes memory answer) = PAIR.staticcall(
             bytes.concat(
@@ -80,11 +81,6 @@ contract Groth16Verifier is IVerifier {
             )
         );
         return called && answer.length == 32 && abi.decode(answer, (uint256)) == 1;
-    }
-
-    /// @notice The verifying key, as the constructor took it.
-    function verifyingKey() external view returns (uint256[] memory) {
-        return _words(FIXED_WORDS + 2 + 2 * inputCount);
     }
 
     function _words(uint256 count) private view returns (uint256[] memory words) {

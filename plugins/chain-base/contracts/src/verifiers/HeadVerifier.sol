@@ -3,6 +3,7 @@ pragma solidity ^0.8.28;
 
 import {JobLane} from "../JobLane.sol";
 import {IVerifier} from "../interfaces/IVerifier.sol";
+import {Groth16Verifier} from "./Groth16Verifier.sol";
 
 /// @title Checks that a model's output head chose tokens of a delivered job, at positions that nobody knew when it was delivered
 /// @notice With its result a host hands in `trace`, the root of a tree over all of its tokens. The hash of the block after that draws the
@@ -14,7 +15,7 @@ contract HeadVerifier is IVerifier {
     /// @dev Where a chain keeps the hashes of its last 8,191 blocks (EIP-2935); the opcode knows 256.
     address private constant HISTORY = 0x0000F90827F1C53a10cb7A02335B175320002935;
     uint256 private constant OPCODE_REACH = 256;
-    uint256 public constant MAX_SAMPLES = 16;
+    uint256 public constant MAX_SAMPLES = 8;
 
     /// @param position Counts from 0.
     /// @param state The commitment of the model's last state at this position.
@@ -31,23 +32,28 @@ contract HeadVerifier is IVerifier {
     /// @notice How many positions are drawn; one may be drawn twice, and is then opened twice.
     uint256 public immutable samples;
     /// @notice Checks the proof of one position.
-    IVerifier public immutable head;
+    Groth16Verifier public immutable head;
+    /// @notice keccak256 of the head's own program and of `samples`, a word each: with another number of draws it is another program.
+    bytes32 public immutable program;
+    bytes32 private immutable _headProgram;
 
     error BadSamples(uint256 samples, uint256 max);
     error NoCodeAt(address head);
 
-    constructor(uint256 samples_, IVerifier head_) {
+    constructor(uint256 samples_, Groth16Verifier head_) {
         if (samples_ == 0 || samples_ > MAX_SAMPLES) revert BadSamples(samples_, MAX_SAMPLES);
         if (address(head_).code.length == 0) revert NoCodeAt(address(head_));
         samples = samples_;
         head = head_;
+        _headProgram = head_.program();
+        program = keccak256(abi.encode(_headProgram, samples_));
     }
 
     /// @inheritdoc IVerifier
     /// @param publicInputs The job's statement and its id, a word each.
     /// @param proof `abi.encode(Opening[])`, in order of the draw.
     function verify(bytes32 programId, bytes calldata publicInputs, bytes calldata proof) external view returns (bool) {
-        if (publicInputs.length != 64) return false;
+        if (programId != program || publicInputs.length != 64) return false;
         (bytes32 subject, uint256 jobId) = abi.decode(publicInputs, (bytes32, uint256));
         JobLane.Job memory job = JobLane(payable(msg.sender)).jobs(jobId);
         if (job.trace == 0 || job.outTokens == 0) return false;
@@ -60,13 +66,13 @@ contract HeadVerifier is IVerifier {
         for (uint256 i; i < openings.length; ++i) {
             uint256 drawn = uint256(keccak256(abi.encode(seed, subject, i))) % job.outTokens;
             if (openings[i].position != drawn || !_leads(openings[i], job.trace, job.outTokens)) return false;
-            if (!_chosen(programId, subject, openings[i])) return false;
+            if (!_chosen(subject, openings[i])) return false;
         }
         return true;
     }
 
-    function _chosen(bytes32 programId, bytes32 subject, Opening memory o) private view returns (bool) {
-        return head.verify(programId, abi.encode(subject, o.position, o.token, o.state), o.proof);
+    function _chosen(bytes32 subject, Opening memory o) private view returns (bool) {
+        return head.verify(_headProgram, abi.encode(subject, o.position, o.token, o.state), o.proof);
     }
 
     /// @notice The hash of a block that was, as far as the chain still knows it; otherwise zero.
