@@ -252,7 +252,8 @@ async fn an_answer_that_broke_off_is_not_kept() {
         (told.status == 200).then(|| assert!(!told.is_hit()))
     })
     .await;
-    assert!(ask(&node, &body, &[]).await.is_hit());
+    // One that came while the plugin started is answered past the cache.
+    eventually("a whole answer is kept", LIMIT, async || ask(&node, &body, &[]).await.is_hit().then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
