@@ -59,7 +59,7 @@ impl Subject {
 
 /// A configuration whose workers can be told from others.
 pub fn config(memory_mib: u64) -> Config {
-    Config { memory_bytes: Some((memory_mib << 20) + u64::from(std::process::id()) * 4096), ..Config::default() }
+    Config { memory_bytes: Some((memory_mib << 20) + u64::from(std::process::id())), ..Config::default() }
 }
 
 pub fn crate_folder() -> PathBuf {

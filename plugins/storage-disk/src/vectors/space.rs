@@ -268,6 +268,14 @@ mod tests {
         large(&vectors, 16);
         wait_for_index(&vectors, "large");
         let space = space(&vectors);
+        // The index is saved once it is made: that is over first.
+        let is_saved = || {
+            let progress = space.progress.lock();
+            progress.saved == progress.next
+        };
+        while !is_saved() || space.writing.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
         thread::scope(|scope| {
             // What writing a snapshot holds.
             space.writing.store(true, Ordering::Relaxed);
