@@ -18,6 +18,8 @@ use s5_core::{Hash, StreamKey};
 use s5_registry::{BroadcastingRegistry, RegistryAcl, RegistryServer};
 use s5_store_local::LocalStore;
 use tokio::sync::Semaphore;
+use tracing::instrument::WithSubscriber;
+use tracing::subscriber::NoSubscriber;
 use tracing::warn;
 
 use crate::config::Settings;
@@ -107,7 +109,8 @@ impl<P: ProtocolHandler> ProtocolHandler for Limited<P> {
             connection.close(1u32.into(), b"busy");
             return Ok(());
         };
-        self.protocol.accept(connection).await
+        // The server has several lines for each question that anybody asks: a stranger could fill the log.
+        self.protocol.accept(connection).with_subscriber(NoSubscriber::new()).await
     }
 
     async fn shutdown(&self) {
@@ -126,7 +129,7 @@ struct Window {
     turns: Semaphore,
 }
 
-/// What changes with a file.
+/// What changes with a file, whoever changes it.
 type Stamp = (u64, u64, i64, i64);
 
 impl Window {
@@ -140,20 +143,25 @@ impl Window {
         let Some(hash) = paths::hash_from_blob_path(path, &self.features())? else { return Ok(false) };
         let file = self.store.path(Id(hash));
         let Ok(found) = tokio::fs::metadata(&file).await else { return Ok(false) };
-        let stamp = (found.ino(), found.len(), found.mtime(), found.mtime_nsec());
+        let stamp = (found.ino(), found.len(), found.ctime(), found.ctime_nsec());
         if self.checked.lock().get(&hash) == Some(&stamp) {
             return Ok(true);
         }
         let _turn = self.turns.acquire().await?;
-        let sound = tokio::task::spawn_blocking(move || is_whole(&file, Id(hash))).await??;
+        let check = move || {
+            let whole = is_whole(&file, Id(hash));
+            if matches!(whole, Ok(false)) {
+                warn!(blob = %Id(hash), "A kept blob is damaged, and is not served.");
+            }
+            whole
+        };
+        let sound = tokio::task::spawn_blocking(check).await??;
         if sound {
             let mut checked = self.checked.lock();
             if checked.len() >= REMEMBERED {
                 checked.clear();
             }
             checked.insert(hash, stamp);
-        } else {
-            warn!(blob = %Id(hash), "A kept blob is damaged, and is not served.");
         }
         Ok(sound)
     }
