@@ -370,7 +370,7 @@ pub struct Semantic {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Shared {
-    /// The id of the storage plugin, which has to keep pointers: storage-s5, or storage-s5-node. Left out, nothing is shared.
+    /// The id of the storage plugin, which has to keep pointers: storage-s5 or storage-s5-node. Left out, nothing is shared.
     ///
     /// Example: `storage = "s5"`.
     #[serde(skip_serializing_if = "Option::is_none")]

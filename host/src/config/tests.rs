@@ -304,7 +304,7 @@ fn the_shipped_file_is_good_and_names_every_key() {
     let sources = Sources { file: Some(root.join("plugins.toml")), current_dir: root.into(), ..Sources::default() };
     let loaded = sources.load().unwrap_or_else(|problems| panic!("{problems}"));
     let ids: Vec<&str> = loaded.config.plugin.iter().map(|entry| entry.id.as_str()).collect();
-    assert_eq!(ids, ["llama", "echo", "disk", "s5", "groth16", "ezkl", "net"]);
+    assert_eq!(ids, ["llama", "echo", "disk", "s5", "s5-node", "groth16", "ezkl", "net"]);
     let text = fs::read_to_string(root.join("plugins.toml")).expect("read");
     for_each_key(Schema::root(), String::new(), &mut |key, schema| {
         let name = key.rsplit('.').next().unwrap_or_default();

@@ -380,6 +380,31 @@ pub(crate) static CHECKS: &[Check] = &[
         "Vectors, and that they were deleted, outlive their instance."
     ),
     check!(
+        STORAGE,
+        "pointers-read-back",
+        storage::pointers::read_back,
+        "A pointer that was set comes back as it was signed; one that was not is `NotFound`."
+    ),
+    check!(
+        STORAGE,
+        "pointers-older-is-refused",
+        storage::pointers::older_is_refused,
+        "A revision that is not newer is refused by naming the known one, and moves nothing."
+    ),
+    check!(
+        STORAGE,
+        "pointers-forged-is-refused",
+        storage::pointers::forged_is_refused,
+        "What its key has not signed moves no pointer."
+    ),
+    check!(
+        STORAGE,
+        "pointers-senseless-is-refused",
+        storage::pointers::senseless_is_refused,
+        "Keys that are none, and revisions and data beyond the bounds, are refused."
+    ),
+    check!(STORAGE, "pointers-survive-restart", storage::pointers::survive_restart, "Pointers outlive their instance."),
+    check!(
         TRANSPORT,
         "join-and-dial",
         transport::join_and_dial,

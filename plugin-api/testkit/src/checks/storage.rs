@@ -12,6 +12,7 @@ use fabstir_plugin_api::frame::{Kind, Writer};
 use fabstir_plugin_api::storage::*;
 use fabstir_plugin_api::stream::Stream;
 
+pub mod pointers;
 pub mod vectors;
 
 use super::streams::LongStream;
@@ -24,6 +25,23 @@ const PIECE: usize = 1 << 20;
 
 /// A well-formed id that no bytes have which a check puts.
 const NOWHERE: &str = "00000000000000000000000000000000000000000000000000000000000000ff";
+
+/// Skips where the plugin does not declare these methods, which it need not.
+fn undeclared(harness: &Harness, methods: &[&str]) -> Option<Outcome> {
+    let storages = harness.manifest.provides.iter().filter(|provided| provided.kind == "storage");
+    let declared: Vec<&str> = storages.flat_map(|provided| &provided.methods).map(String::as_str).collect();
+    let missing = methods.iter().find(|method| !declared.contains(method));
+    missing.map(|method| Outcome::skip(format!("the plugin does not declare `{method}`")))
+}
+
+/// The instance that comes after another has ended, on its state.
+async fn restarted(harness: &Harness, instance: Instance) -> Result<Instance> {
+    let state_dir = instance.state_dir().to_owned();
+    instance.shutdown().await?;
+    let next = harness.connect_in(state_dir)?;
+    next.configure(next.config()).await.during("configure")?;
+    Ok(next)
+}
 
 /// Bytes that look random, are the same in every run, and are found nowhere else.
 fn noise(size: usize, seed: &str) -> Vec<u8> {

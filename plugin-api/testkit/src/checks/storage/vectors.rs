@@ -8,7 +8,8 @@ use anyhow::{Result, ensure};
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::storage::*;
 
-use crate::harness::{During, Harness, Instance, patient, refused};
+use super::restarted;
+use crate::harness::{During, Harness, patient, refused};
 use crate::report::Outcome;
 
 const DIMENSIONS: usize = 48;
@@ -18,10 +19,7 @@ const TOLERANCE: f64 = 1e-3;
 
 /// Skips where the plugin keeps no vectors, which it need not.
 fn undeclared(harness: &Harness) -> Option<Outcome> {
-    let storages = harness.manifest.provides.iter().filter(|provided| provided.kind == "storage");
-    let methods: Vec<&str> = storages.flat_map(|provided| &provided.methods).map(String::as_str).collect();
-    let missing = ["vectors_put", "vectors_find", "vectors_delete"].into_iter().find(|method| !methods.contains(method));
-    missing.map(|method| Outcome::skip(format!("the plugin does not declare `{method}`")))
+    super::undeclared(harness, &["vectors_put", "vectors_find", "vectors_delete"])
 }
 
 fn named(check: &str) -> String {
@@ -253,13 +251,4 @@ pub async fn survive_restart(harness: &Harness) -> Result<Outcome> {
     compare(&stored, &values(5, DIMENSIONS), 1000, &found)?;
     ensure!(remove(&*storage, &name, None).await? == 99, "a restart changed how many vectors there are");
     Ok(Outcome::Pass)
-}
-
-/// The instance that comes after another has ended, on its state.
-async fn restarted(harness: &Harness, instance: Instance) -> Result<Instance> {
-    let state_dir = instance.state_dir().to_owned();
-    instance.shutdown().await?;
-    let next = harness.connect_in(state_dir)?;
-    next.configure(next.config()).await.during("configure")?;
-    Ok(next)
 }

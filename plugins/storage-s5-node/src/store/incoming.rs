@@ -1,0 +1,162 @@
+//! How a blob comes in: hashed while it is written, under a name of its own, renamed once it is whole and on the disk.
+
+use std::fs::{self, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use s5_core::Hash;
+use tempfile::{Builder, NamedTempFile};
+
+use super::{Found, INCOMING, Id, Reader, Result, Store, is_whole, sync_folder};
+use crate::error::{NodeError, is_full};
+
+/// A blob that is being written. Dropping it removes what was written.
+#[derive(Debug)]
+pub struct Incoming {
+    file: NamedTempFile,
+    hasher: blake3::Hasher,
+    size: u64,
+    expect: Option<Id>,
+    expected_size: Option<u64>,
+    room: Room,
+}
+
+/// A blob that has come whole, and is not kept yet. Dropping it removes it.
+#[derive(Debug)]
+pub struct Whole {
+    pub id: Id,
+    pub size: u64,
+    file: NamedTempFile,
+    room: Room,
+}
+
+/// Room that a blob takes while it is on its way. It is free again when this goes.
+#[derive(Debug)]
+struct Room {
+    store: Arc<Store>,
+    bytes: u64,
+}
+
+impl Store {
+    /// Begins to take a blob. `expect` and `size` are what is said about the bytes to come.
+    pub fn begin(self: &Arc<Self>, expect: Option<Id>, size: Option<u64>) -> Result<Incoming> {
+        let mut room = Room { store: self.clone(), bytes: 0 };
+        room.grow(size.unwrap_or(0))?;
+        let folder = self.root.join(INCOMING);
+        let file = create(&folder).map_err(|error| self.failed(size.unwrap_or(0), error))?;
+        Ok(Incoming { file, hasher: blake3::Hasher::new(), size: 0, expect, expected_size: size, room })
+    }
+
+    /// Keeps a blob: afterwards it survives a power cut. `still_wanted` is asked at the last moment.
+    pub fn keep(self: &Arc<Self>, whole: Whole, still_wanted: impl FnOnce() -> bool) -> Result<Found> {
+        let Whole { id, size, file, mut room } = whole;
+        let path = self.path(id);
+        let found = Found { id, size };
+        let sync = |path: &Path| path.parent().map_or(Ok(()), sync_folder).map_err(|error| self.failed(size, error));
+        // A damaged one counts as absent, so that the put repairs it.
+        if is_whole(&path, id).is_ok_and(|whole| whole) {
+            // The put that stored it may not have come this far yet.
+            sync(&path)?;
+            return Ok(found);
+        }
+        file.as_file().sync_all().and_then(|()| self.make_folders(&path)).map_err(|error| self.failed(size, error))?;
+        if !still_wanted() {
+            return Err(NodeError::Cancelled);
+        }
+        {
+            let mut used = self.used.lock();
+            // What the rename replaces: a damaged blob, or one that another put stored a moment ago.
+            let replaced = fs::metadata(&path).map_or(0, |file| file.len());
+            file.persist(&path).map_err(|refused| self.failed(size, refused.error))?;
+            if self.max.is_some() {
+                *used = used.saturating_sub(replaced);
+            }
+            // The room is the blob's from now on.
+            room.bytes = 0;
+        }
+        sync(&path)?;
+        Ok(found)
+    }
+
+    fn failed(&self, needed: u64, error: io::Error) -> NodeError {
+        match is_full(&error) {
+            true => NodeError::DiskFull { needed, dir: self.root.clone() },
+            false => NodeError::io("write in", &self.root)(error),
+        }
+    }
+}
+
+impl Incoming {
+    /// Takes more of the bytes.
+    pub fn write(&mut self, piece: &[u8]) -> Result<()> {
+        let size = self.size + piece.len() as u64;
+        if let Some(expected) = self.expected_size.filter(|&expected| size > expected) {
+            return Err(NodeError::TooMany { expected, actual: size });
+        }
+        self.room.grow(size.saturating_sub(self.room.bytes))?;
+        self.file.as_file_mut().write_all(piece).map_err(|error| self.room.store.failed(size, error))?;
+        self.hasher.update(piece);
+        self.size = size;
+        Ok(())
+    }
+
+    /// Ends it, if it is what was expected.
+    pub fn finish(self) -> Result<Whole> {
+        let Self { file, hasher, size, expect, expected_size, room } = self;
+        let id = Id(Hash::from(hasher.finalize()));
+        if let Some(expected) = expected_size.filter(|&expected| size < expected) {
+            return Err(NodeError::TooFew { expected, actual: size });
+        }
+        if let Some(expected) = expect.filter(|expected| *expected != id) {
+            return Err(NodeError::WrongId { expected, actual: id });
+        }
+        Ok(Whole { id, size, file, room })
+    }
+}
+
+impl Whole {
+    /// Reads a blob that is not kept. It is gone when the reader is.
+    pub fn read(self, offset: u64, length: Option<u64>) -> Result<Reader> {
+        let path = self.file.path().to_owned();
+        let file = self.file.reopen().map_err(NodeError::io("read", &path))?;
+        Reader::new(self.id, file, &path, offset, length).map(|reader| reader.holding(Box::new(self)))
+    }
+}
+
+impl Room {
+    fn grow(&mut self, bytes: u64) -> Result<()> {
+        if let Some(max) = self.store.max {
+            let mut used = self.store.used.lock();
+            if used.saturating_add(bytes) > max {
+                return Err(NodeError::QuotaFull { needed: self.bytes.saturating_add(bytes), used: *used - self.bytes, max });
+            }
+            *used += bytes;
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        Ok(())
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if self.store.max.is_some() {
+            let mut used = self.store.used.lock();
+            *used = used.saturating_sub(self.bytes);
+        }
+    }
+}
+
+/// A new file that stores opened on this folder will not take for a leftover.
+fn create(folder: &Path) -> io::Result<NamedTempFile> {
+    loop {
+        let file = Builder::new().prefix("put-").tempfile_in(folder)?;
+        match file.as_file().try_lock() {
+            Ok(()) if file.as_file().metadata()?.nlink() > 0 => return Ok(file),
+            // A store that opened between the two lines took it for a leftover.
+            Ok(()) | Err(TryLockError::WouldBlock) => continue,
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
