@@ -179,7 +179,9 @@ fn as_json(value: &Value) -> String {
 }
 
 fn without_controls(text: &str, escaped: impl Fn(char) -> String) -> String {
-    let kept = |letter: char| !letter.is_control() || matches!(letter, '\n' | '\t');
+    // Those that turn the direction of what is written can make a line look like another one.
+    let turns = |letter| matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let kept = |letter: char| matches!(letter, '\n' | '\t') || !letter.is_control() && !turns(letter);
     text.chars().map(|letter| if kept(letter) { letter.to_string() } else { escaped(letter) }).collect()
 }
 

@@ -261,6 +261,18 @@ pub struct Market {
     /// Example: `arbiters = ["0x5FbDB2315678afecb367f032d93F642f64180aa3"]`.
     #[schemars(extend("items" = { "type": "string", "format": "account" }))]
     pub arbiters: Vec<String>,
+    /// How long a posted job must give its arbiter to rule, in seconds. One that does not rule in time gives the client its money back where no
+    /// proof was asked for.
+    ///
+    /// Default: `3600`.
+    /// Example: `least_resolve_s = 86400`.
+    pub least_resolve_s: u64,
+    /// How long the pay and the bond of a posted job may be out after its result, in seconds: what its client has to object, and its arbiter
+    /// to rule. The default is a week.
+    ///
+    /// Default: `604800`.
+    /// Example: `max_wait_s = 86400`.
+    pub max_wait_s: u64,
 }
 
 impl Default for Market {
@@ -278,6 +290,8 @@ impl Default for Market {
             jobs: 1,
             max_bond_wei: 10_000_000_000_000_000,
             arbiters: Vec::new(),
+            least_resolve_s: 3600,
+            max_wait_s: 604_800,
         }
     }
 }

@@ -682,7 +682,7 @@ pub enum ProgressState {
 /// What an act would cost, and whether it would be refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Quote {
-    /// Fees at the current price, that of the layer below included. Where it would be refused, of all the work that it may use.
+    /// Fees at the current price, that of the layer below included. Where it would be refused, about what it takes when it is not.
     pub fee: Amount,
     /// What a signature to it would allow for fees now: what a limit on the fees of a transaction is held against.
     #[serde(default, skip_serializing_if = "Option::is_none")]

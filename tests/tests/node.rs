@@ -30,6 +30,8 @@ mod paying;
 mod posting;
 #[path = "node/proofs.rs"]
 mod proofs;
+#[path = "node/s5_node.rs"]
+mod s5_node;
 #[path = "node/semantic.rs"]
 mod semantic;
 #[path = "node/serving.rs"]

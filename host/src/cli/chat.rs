@@ -10,7 +10,7 @@ use rustyline::history::FileHistory;
 use rustyline::{Config as EditorConfig, Editor};
 use serde_json::{Value, json};
 
-use super::Failure;
+use super::{Failure, as_text};
 use super::account::SpendArgs;
 use super::network::{Local, NetworkArgs, Paid, threads};
 use crate::config::Config;
@@ -223,6 +223,7 @@ impl Session {
         self.conversation.ask(prompt);
         let request = self.conversation.request(&self.model);
         let mut out = io::stdout();
+        let is_terminal = out.is_terminal();
         let mut begun = false;
         // Nobody catches Ctrl-C here unless money is to be given back: it ends the process, and the node notices that the connection is
         // gone.
@@ -231,6 +232,7 @@ impl Session {
             let show = |event: Event<'_>| match (event, json) {
                 (Event::Text(text), false) => {
                     begun = true;
+                    let text = if is_terminal { as_text(text) } else { text.to_owned() };
                     out.write_all(text.as_bytes()).and_then(|()| out.flush())
                 }
                 _ => Ok(()),
@@ -301,7 +303,7 @@ impl Session {
                 let Event::Text(text) = event;
                 shown.push_str(text);
                 let mut out = io::stdout().lock();
-                out.write_all(text.as_bytes()).and_then(|()| out.flush())
+                out.write_all(as_text(text).as_bytes()).and_then(|()| out.flush())
             };
             self.runtime.block_on(async {
                 tokio::select! {

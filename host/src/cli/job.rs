@@ -64,7 +64,7 @@ enum Action {
     /// Has the arbiter of a challenged job ruled, and divides its money as it says.
     ///
     /// Anyone may, client, node or arbiter. Where the arbiter has not ruled in time, the job ends as its contract says: a node that has
-    /// proven is paid and has the bond of the challenge, and otherwise its client has the money back.
+    /// proven is paid and has the bond of the challenge; otherwise its client has the money back, and the bond of a node that owed a proof.
     Resolve {
         /// The job's number.
         id: JobId,

@@ -18,7 +18,7 @@ use super::network::on_threads;
 use super::{ConfigArgs, Failure, log, print, table};
 use crate::config::Config;
 use crate::market::history::{job_of, result_in};
-use crate::market::proving;
+use crate::market::{journal, proving};
 use crate::supervisor::{Alone, entries};
 
 /// How long reading the market's history may take.
@@ -111,6 +111,19 @@ enum Action {
     Show {
         /// The proof's file.
         file: PathBuf,
+    },
+    /// Writes the proof that this node has made for a posted job to a file.
+    ///
+    /// It reads the node's journal, whether the node runs or not. `verify FILE --job ID` holds the file
+    /// against all that the chain has of the job.
+    Save {
+        /// The job's number.
+        job: JobId,
+        /// Where the proof goes.
+        #[arg(long, short = 'o', value_name = "FILE", default_value = "proof.json")]
+        out: PathBuf,
+        #[command(flatten)]
+        shared: Shared,
     },
     /// Writes the contract that checks proofs of a statement, ready to be deployed.
     ///
@@ -312,7 +325,7 @@ impl Prove {
             let client = &*prover.alone.client;
             let statement = match statement.program {
                 Some(_) => statement.clone(),
-                None => proving::prepared(client, &statement.id).await.map_err(|error| of_plugin(&error))?,
+                None => proving::make(client, &statement.id).await.map_err(|error| of_plugin(&error))?,
             };
             let program = statement.program.clone().unwrap_or_default();
             let task = Task { statement: statement.id.clone(), about, witness };
@@ -407,6 +420,7 @@ impl Verify {
 
 /// What the chain has of a job that a proof is held against.
 struct Delivered {
+    id: JobId,
     subject: Hash32,
     job: Posting,
     /// What the chain calls the model that the proof names.
@@ -429,14 +443,16 @@ impl Delivered {
             Claim::Answer { .. } if result.trace.is_some() => Some(chain.draw(&cx(), id).await.map_err(failed)?),
             _ => None,
         };
-        Ok(Self { subject, job, model, result, draw })
+        Ok(Self { id, subject, job, model, result, draw })
     }
 
     /// What of a proof is not what the chain has.
     fn differs(&self, proof: &Proof) -> Option<String> {
         let (about, terms, result) = (&proof.about, &self.job.terms, &self.result);
+        let named = about.job.map_or_else(|| "none".into(), |job| job.to_string());
         let mut compared = vec![
             ("subject", about.subject.clone(), self.subject.clone()),
+            ("job", named, self.id.to_string()),
             ("model", self.model.clone(), terms.model.clone()),
             ("input", about.input.clone(), self.job.input_commitment.clone()),
             ("output", about.output.clone(), result.output_commitment.clone()),
@@ -463,7 +479,7 @@ impl ProofCommand {
                 let config = shared.prepare(json)?;
                 let made = shared.with_provers(&config, async |running| {
                     let (prover, statement) = prover_of(running, &statement)?;
-                    proving::prepared(&*prover.alone.client, &statement.id).await.map_err(|error| of_plugin(&error))
+                    proving::make(&*prover.alone.client, &statement.id).await.map_err(|error| of_plugin(&error))
                 })?;
                 let text = format!("{} is ready; its program is {}", made.id, made.program.as_deref().unwrap_or("not told"));
                 Ok(print(json, &json!(made), text)?)
@@ -479,6 +495,7 @@ impl ProofCommand {
                 );
                 Ok(print(json, &json!(proof), text)?)
             }
+            Action::Save { job, out, shared } => save(&shared, job, &out, json),
             Action::Contract { statement, out, shared } => contract(&shared, &statement, &out, json),
         }
     }
@@ -504,13 +521,39 @@ fn ls(shared: &Shared, json: bool) -> Result<(), Failure> {
     Ok(print(json, &json!({ "statements": values }), lines.join("\n\n"))?)
 }
 
+fn save(shared: &Shared, id: JobId, out: &Path, json: bool) -> Result<(), Failure> {
+    let config = shared.prepare(json)?;
+    let known = match journal::look(&config.node.data_dir)? {
+        Some(journal) => journal::jobs::row(&journal, id)?,
+        None => None,
+    };
+    let proof = known.and_then(|row| row.proof).ok_or_else(|| {
+        let message = format!("this node has made no proof for job {id}: `fabstir-node jobs` lists what it has worked on");
+        Failure::new(Failure::FAILED, "nothing", message)
+    })?;
+    let file = shared.with_provers(&config, async |running| {
+        // Its words are those of its statement, as long as that has the same keys.
+        let (_, statement) = prover_of(running, &proof.statement)?;
+        match statement.program.as_ref() == Some(&proof.program) {
+            true => Ok(ProofFile::of(statement.clone(), proof.clone())),
+            false => {
+                let message = format!("the keys of `{}` are others than those of the proof for job {id}", statement.id);
+                Err(Failure::new(Failure::FAILED, "other_keys", message))
+            }
+        }
+    })?;
+    write(out, &file)?;
+    let text = format!("{} holds the proof for job {id}.\n{}", out.display(), words(&file.statement));
+    Ok(print(json, &json!(file), text)?)
+}
+
 fn contract(shared: &Shared, id: &str, out: &Path, json: bool) -> Result<(), Failure> {
     let config = shared.prepare(json)?;
     let (statement, contract) = shared.with_provers(&config, async |running| {
         let (prover, statement) = prover_of(running, id)?;
         let statement = match statement.program {
             Some(_) => statement.clone(),
-            None => proving::prepared(&*prover.alone.client, &statement.id).await.map_err(|error| of_plugin(&error))?,
+            None => proving::make(&*prover.alone.client, &statement.id).await.map_err(|error| of_plugin(&error))?,
         };
         let contract = prover.alone.client.verifier(&cx(), statement.id.clone()).await.map_err(|error| match error.code {
             Code::Unimplemented => {
@@ -629,14 +672,15 @@ mod tests {
             output_tokens: 9,
             result_ref: String::new(),
         };
-        let mut delivered = Delivered { subject: word("1"), job, model: word("2"), result, draw: Some(word("7")) };
+        let mut delivered = Delivered { id: 7, subject: word("1"), job, model: word("2"), result, draw: Some(word("7")) };
         assert_eq!(delivered.differs(&proof), None);
         fn claim_of(proof: &mut Proof, change: impl FnOnce(&mut Hash32, &mut u32, &mut Hash32)) {
             let Claim::Answer { trace, tokens, draw } = &mut proof.claim else { unreachable!("it is one") };
             change(trace, tokens, draw);
         }
         // A maker who chooses the draw, or makes a tree of one leaf, proves what is easy.
-        let changes: [Change; 7] = [
+        let changes: [Change; 8] = [
+            ("job", |proof| proof.about.job = Some(9)),
             ("subject", |proof| proof.about.subject = "0x".into()),
             ("input", |proof| proof.about.input = "0x".into()),
             ("output", |proof| proof.about.output = "0x".into()),

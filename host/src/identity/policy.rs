@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::account::{Account, Address, keccak256};
 
@@ -86,6 +86,14 @@ struct Day {
     fees: HashMap<u64, u128>,
 }
 
+impl Day {
+    /// But for one nonce.
+    fn spent(&self, but: Option<u64>) -> u128 {
+        let others = self.fees.iter().filter(|(nonce, _)| Some(**nonce) != but);
+        others.fold(0u128, |sum, (_, fee)| sum.saturating_add(*fee))
+    }
+}
+
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Signer {
@@ -104,6 +112,22 @@ impl Signer {
         // A clock before 1970 stays in one day, which allows less, not more.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.sign_at(payload, now)
+    }
+
+    /// What the transactions of this day may still cost in fees, in wei.
+    pub fn fees_left(&self) -> u128 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.policy.daily_fee_wei.saturating_sub(self.day_of(now).spent(None))
+    }
+
+    /// Later days only: a clock that is set back opens no second purse.
+    fn day_of(&self, now: Duration) -> MutexGuard<'_, Day> {
+        let mut today = self.today.lock();
+        let number = now.as_secs() / DAY.as_secs();
+        if number > today.number {
+            *today = Day { number, fees: HashMap::new() };
+        }
+        today
     }
 
     fn sign_at(&self, payload: &[u8], now: Duration) -> Result<[u8; 65], Refusal> {
@@ -135,14 +159,8 @@ impl Signer {
         if fee > policy.max_fee_wei {
             return Err(Refusal::Fee { found: fee, limit: policy.max_fee_wei });
         }
-        let mut today = self.today.lock();
-        let number = now.as_secs() / DAY.as_secs();
-        // Later days only: a clock that is set back opens no second purse.
-        if number > today.number {
-            *today = Day { number, fees: HashMap::new() };
-        }
-        let others = today.fees.iter().filter(|(nonce, _)| **nonce != transaction.nonce);
-        let spent = others.fold(0u128, |sum, (_, fee)| sum.saturating_add(*fee));
+        let mut today = self.day_of(now);
+        let spent = today.spent(Some(transaction.nonce));
         let highest = today.fees.get(&transaction.nonce).copied().unwrap_or(0).max(fee);
         let found = spent.saturating_add(highest);
         if found > policy.daily_fee_wei {

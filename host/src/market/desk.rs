@@ -111,6 +111,11 @@ impl Desk {
         Ok(self.signer.sign(payload)?.to_vec())
     }
 
+    /// What may still be signed for in fees today, in wei.
+    pub fn fees_left(&self) -> u128 {
+        self.signer.fees_left()
+    }
+
     /// What an act would cost.
     ///
     /// # Errors

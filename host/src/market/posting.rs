@@ -20,6 +20,9 @@ const SCHEME: &str = "fabstir://";
 
 /// The largest input, in bytes: it stands in the chain's log, and whoever posts it pays for each byte.
 pub const MAX_INPUT: usize = 16 << 10;
+/// What inference plugins take, by the contract of their kind.
+const MOST_TEMPERATURE: f32 = 5.0;
+const MOST_STOPS: usize = 16;
 /// The largest output, in bytes.
 pub const MAX_OUTPUT: usize = 1 << 20;
 
@@ -36,6 +39,8 @@ pub enum PostingError {
     Unreadable { what: &'static str, reason: String },
     #[error("the input has no message")]
     Empty,
+    #[error("`{name}` of the input is {value}: {allowed}")]
+    Setting { name: &'static str, value: String, allowed: &'static str },
     #[error("this names no result: `fabstir://`, the node's name, `/` and 64 hexadecimal digits were expected")]
     Reference,
 }
@@ -58,6 +63,7 @@ pub struct JobInput {
 impl JobInput {
     /// Its commitment, and how the job carries it.
     pub fn carried(&self) -> Result<(Hash32, String), PostingError> {
+        self.check()?;
         let bytes = json("input", self, MAX_INPUT)?;
         Ok((commitment(&bytes), format!("{INLINE}{}", STANDARD.encode(&bytes))))
     }
@@ -75,10 +81,29 @@ impl JobInput {
         }
         check("input", &bytes, commitment)?;
         let input: JobInput = serde_json::from_slice(&bytes).map_err(|error| unreadable("input", error))?;
-        if input.messages.is_empty() {
+        input.check()?;
+        Ok(input)
+    }
+
+    /// Refuses what no inference plugin takes, by the ranges of their contract: what is found out only after the claim costs the node a part
+    /// of its bond.
+    fn check(&self) -> Result<(), PostingError> {
+        if self.messages.is_empty() {
             return Err(PostingError::Empty);
         }
-        Ok(input)
+        let within = |name, value: Option<f32>, most, allowed| match value {
+            Some(value) if !(0.0..=most).contains(&value) => {
+                Err(PostingError::Setting { name, value: value.to_string(), allowed })
+            }
+            _ => Ok(()),
+        };
+        within("temperature", self.temperature, MOST_TEMPERATURE, "0 to 5 is allowed")?;
+        within("top_p", self.top_p, 1.0, "0 to 1 is allowed")?;
+        if self.stop.len() > MOST_STOPS || self.stop.iter().any(String::is_empty) {
+            let value = format!("{:?}", self.stop);
+            return Err(PostingError::Setting { name: "stop", value, allowed: "up to 16 texts are allowed, none of them empty" });
+        }
+        Ok(())
     }
 
     /// The request to the model that is called so here. `most` tokens are paid for.
@@ -201,6 +226,25 @@ mod tests {
         let carried = format!("{INLINE}{}", STANDARD.encode(unknown));
         let refused = JobInput::read(&carried, &super::commitment(unknown)).expect_err("asks for what is not honoured");
         assert!(refused.to_string().contains("tools"), "{refused}");
+    }
+
+    #[test]
+    fn what_no_model_takes_is_neither_carried_nor_read() {
+        let changes: [fn(&mut JobInput); 5] = [
+            |input| input.temperature = Some(5.5),
+            |input| input.top_p = Some(1.5),
+            |input| input.stop = vec![String::new()],
+            |input| input.stop = vec!["x".into(); 17],
+            |input| input.messages.clear(),
+        ];
+        for change in changes {
+            let mut wrong = input("x");
+            change(&mut wrong);
+            assert!(wrong.carried().is_err(), "{wrong:?}");
+            let bytes = serde_json::to_vec(&wrong).expect("can be written");
+            let carried = format!("{INLINE}{}", STANDARD.encode(&bytes));
+            assert!(JobInput::read(&carried, &super::commitment(&bytes)).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -8,8 +8,8 @@ use fabstir_plugin_api::chain::{Chain, ChainNetwork, Hash32, JobTerms, ModelId};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError, Result};
 use fabstir_plugin_api::prover::{Preparing, Proof, ProofKind, Prover, Proving, Statement, Task};
-
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use super::seller::jobs::is_about;
 use crate::routes::{Route, Routes};
@@ -31,6 +31,10 @@ pub struct Provable {
     pub takes_ms: Option<u64>,
     /// The size of a proof, in bytes, where that is always the same.
     pub proof_bytes: Option<u64>,
+    /// Whether its keys were looked through since its plugin started.
+    pub is_checked: bool,
+    /// The plugin and its generation.
+    plugin: (String, u64),
     pub prover: Arc<dyn Prover>,
 }
 
@@ -55,13 +59,24 @@ pub fn is_development(network: &ChainNetwork) -> bool {
     matches!(network.chain.as_str(), "eip155:31337" | "eip155:1337")
 }
 
-/// Which instances of prover plugins were asked to make their keys, and whether they have.
+/// Of which statements the keys were looked after, by plugin, generation and statement, and whether they are good.
 #[derive(Default)]
-pub struct Prepared(Mutex<HashMap<(String, u64), bool>>);
+pub struct Prepared {
+    known: Mutex<HashMap<(String, u64, String), bool>>,
+    /// Rings where keys turned out to be damaged.
+    pub damaged: Notify,
+}
 
 impl Prepared {
-    fn of(&self, route: &Route<dyn Prover>) -> Option<bool> {
-        self.0.lock().get(&(route.plugin.clone(), route.generation)).copied()
+    fn of(&self, route: &Route<dyn Prover>, statement: &str) -> Option<bool> {
+        self.known.lock().get(&(route.plugin.clone(), route.generation, statement.to_owned())).copied()
+    }
+
+    /// Has the keys of a statement looked after once more, before anything else is promised by them.
+    pub fn forget(&self, provable: &Provable) {
+        let (plugin, generation) = provable.plugin.clone();
+        self.known.lock().remove(&(plugin, generation, provable.statement.id.clone()));
+        self.damaged.notify_one();
     }
 }
 
@@ -86,7 +101,7 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
             }
             let Some(program) = statement.program.clone() else {
                 // What could not be made is made again, and nobody waits for that.
-                found.is_preparing |= prepared.of(route).is_none();
+                found.is_preparing |= prepared.of(route, &statement.id).is_none();
                 continue;
             };
             let model = match &statement.model {
@@ -99,12 +114,27 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
                     }
                 },
             };
-            let estimate = route.client.estimate(&cx, statement.id.clone()).await.unwrap_or_default();
-            // A node is asked for no proof before it was, and the first tells how long they take.
-            found.is_preparing |= estimate.prove_cpu_ms.is_none() && prepared.of(route).is_none();
-            let (kind, prover) = (statement.kind, route.client.clone());
-            let (takes_ms, proof_bytes) = (estimate.prove_cpu_ms, estimate.proof_bytes);
-            found.ready.push(Provable { kind, program, statement, model, takes_ms, proof_bytes, prover });
+            let estimate = match route.client.estimate(&Cx::new().with_timeout(ASK), statement.id.clone()).await {
+                Ok(estimate) => estimate,
+                Err(error) => {
+                    // It may tell in a moment.
+                    found.is_preparing |= error.code.is_retryable() || error.code == Code::DeadlineExceeded;
+                    Default::default()
+                }
+            };
+            let checked = prepared.of(route, &statement.id);
+            found.is_preparing |= checked.is_none();
+            found.ready.push(Provable {
+                kind: statement.kind,
+                program,
+                model,
+                takes_ms: estimate.prove_cpu_ms,
+                proof_bytes: estimate.proof_bytes,
+                is_checked: checked == Some(true),
+                plugin: (route.plugin.clone(), route.generation),
+                prover: route.client.clone(),
+                statement,
+            });
         }
     }
     found
@@ -115,21 +145,21 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
 pub async fn prepare(routes: &Routes, network: &ChainNetwork, prepared: &Prepared) -> bool {
     let is_there =
         |plugin: &str, generation| routes.prover.iter().any(|route| route.plugin == plugin && route.generation == generation);
-    prepared.0.lock().retain(|(plugin, generation), _| is_there(plugin, *generation));
+    prepared.known.lock().retain(|(plugin, generation, _), _| is_there(plugin, *generation));
     let mut all = true;
-    for route in routes.prover.iter().filter(|route| prepared.of(route) != Some(true)) {
-        let done = prepare_one(route, network).await;
-        prepared.0.lock().insert((route.plugin.clone(), route.generation), done);
-        all &= done;
+    for route in &routes.prover {
+        all &= prepare_one(route, network, prepared).await;
     }
     all
 }
 
-async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork) -> bool {
+async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork, prepared: &Prepared) -> bool {
     let cx = Cx::new().with_timeout(ASK);
-    let Ok(statements) = route.client.statements(&cx).await else { return false };
+    let Ok(mut statements) = route.client.statements(&cx).await else { return false };
+    // What is there is looked through in no time; what is not may take long.
+    statements.sort_by_key(|statement| statement.program.is_none());
     let mut all = true;
-    for statement in statements {
+    for statement in statements.into_iter().filter(|statement| prepared.of(route, &statement.id) != Some(true)) {
         if statement.is_development && !is_development(network) {
             tracing::warn!(
                 plugin = %route.plugin, statement = statement.id, chain = network.chain,
@@ -138,14 +168,15 @@ async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork) -> bool 
             continue;
         }
         tracing::info!(plugin = %route.plugin, statement = statement.id, "Looking after the keys of proofs.");
-        let made = match prepared(&*route.client, &statement.id).await {
+        let made = match make(&*route.client, &statement.id).await {
             // What was damaged is out of the way now.
             Err(error) if error.code == Code::Corrupt => {
                 tracing::warn!(plugin = %route.plugin, statement = statement.id, %error, "Keys of proofs are made anew.");
-                prepared(&*route.client, &statement.id).await
+                make(&*route.client, &statement.id).await
             }
             made => made,
         };
+        prepared.known.lock().insert((route.plugin.clone(), route.generation, statement.id.clone()), made.is_ok());
         match made {
             Ok(statement) => {
                 tracing::info!(plugin = %route.plugin, statement = statement.id, program = statement.program, "Jobs can be proven.");
@@ -160,7 +191,7 @@ async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork) -> bool 
 }
 
 /// Makes what proofs of a statement need.
-pub async fn prepared(prover: &dyn Prover, statement: &str) -> Result<Statement> {
+pub async fn make(prover: &dyn Prover, statement: &str) -> Result<Statement> {
     let mut steps = prover.prepare(&Cx::new().with_timeout(PREPARE), statement.to_owned()).await?;
     while let Some(step) = steps.next().await {
         match step? {

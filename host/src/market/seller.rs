@@ -169,6 +169,7 @@ impl Seller {
             let is_done = self.config.jobs == 0 || proving::prepare(&now, &desk.network, &self.prepared).await;
             tokio::select! {
                 () = tokio::time::sleep(PREPARE_AGAIN), if !is_done => {}
+                () = self.prepared.damaged.notified() => {}
                 changed = routes.changed() => if changed.is_err() {
                     return std::future::pending().await;
                 },

@@ -78,6 +78,15 @@ impl EzklError {
     }
 }
 
+impl EzklError {
+    /// What it is called where the plugin starts: without an engine its configuration is wrong.
+    pub fn at_start(self) -> PluginError {
+        let is_setting = matches!(self, Self::NoPython { .. } | Self::NoEzkl { .. } | Self::OtherEzkl { .. });
+        let told = PluginError::from(self);
+        if is_setting { PluginError::invalid(told.message) } else { told }
+    }
+}
+
 impl From<EzklError> for PluginError {
     fn from(error: EzklError) -> Self {
         let code = match &error {
@@ -85,11 +94,10 @@ impl From<EzklError> for PluginError {
             EzklError::BadTask(_)
             | EzklError::NotOnnx
             | EzklError::BadModel { .. }
-            | EzklError::OutOfRange
-            | EzklError::NoPython { .. }
-            | EzklError::NoEzkl { .. }
-            | EzklError::OtherEzkl { .. } => Code::InvalidArgument,
+            | EzklError::OutOfRange => Code::InvalidArgument,
             EzklError::TooBig { .. } | EzklError::OutOfMemory { .. } | EzklError::DiskFull(_) => Code::Full,
+            // There was one at the start, so that it may come back.
+            EzklError::NoPython { .. } | EzklError::NoEzkl { .. } | EzklError::OtherEzkl { .. } => Code::Unavailable,
             EzklError::NotPrepared(_) | EzklError::TimedOut { .. } | EzklError::Died { .. } | EzklError::Ending => {
                 Code::Unavailable
             }

@@ -22,6 +22,7 @@ mod worker;
 use fabstir_plugin_api::prelude::*;
 
 pub use config::{Config, ModelConfig};
+use error::EzklError;
 pub use plugin::Ezkl;
 
 /// The version of the wheel. Another one makes other circuits of the same model, and other keys.
@@ -33,5 +34,5 @@ pub const SYSTEM: &str = "ezkl-23.0.5-kzg-bn254";
 #[plugin(provides = [Prover(verifier)])]
 async fn init(host: Host, config: Config) -> Result<Ezkl> {
     config.check()?;
-    Ok(Ezkl::start(host.state_dir(), config).await?)
+    Ezkl::start(host.state_dir(), config).await.map_err(EzklError::at_start)
 }

@@ -267,7 +267,7 @@ async fn without_the_wheel_the_start_says_what_to_do() {
     let state = TempDir::new().unwrap();
     let python = |path: &str| Config { python: Some(path.into()), ..Config::default() };
     for path in ["/usr/bin/python3", "/nowhere/python3", "/bin/true"] {
-        let error = PluginError::from(Ezkl::start(state.path(), python(path)).await.err().unwrap());
+        let error = Ezkl::start(state.path(), python(path)).await.err().unwrap().at_start();
         assert_eq!(error.code, Code::InvalidArgument);
         assert!(error.message.contains("run `make ezkl`") && error.message.contains("23.0.5"), "{error}");
     }

@@ -30,6 +30,8 @@ pub enum Error {
     /// A file that is no model that can be read.
     #[error("{}: {reason}", path.display())]
     Model { path: PathBuf, reason: String },
+    #[error("{} is another file than at the start: start the plugin again to prove what it is now", .0.display())]
+    Replaced(PathBuf),
     #[error("the circuit cannot be built: {0}")]
     Circuit(#[from] SynthesisError),
     /// Never by what a caller says.
@@ -60,7 +62,8 @@ impl From<Error> for PluginError {
             Error::Task(_) | Error::Model { .. } => Code::InvalidArgument,
             Error::Memory { .. } => Code::Full,
             Error::Damaged { .. } => Code::Corrupt,
-            Error::NotPrepared(_) => Code::Unavailable,
+            // Whoever waits for it may yet have it.
+            Error::NotPrepared(_) | Error::Replaced(_) => Code::Unavailable,
             Error::Ended => Code::Cancelled,
             Error::Circuit(_) | Error::Internal(_) => Code::Internal,
             Error::Io { source, .. } => match source.kind() {

@@ -85,11 +85,11 @@ impl Model {
     /// The weights of the head, one row for each token, if they are still those of this [`head_hash`](Self::head_hash).
     ///
     /// # Errors
-    /// `Model` where the file has been replaced since.
+    /// `Replaced` where the file has been.
     pub fn weights_of(&self, hash: &Word) -> Result<Vec<f32>, Error> {
         let bytes = self.read_head()?;
         if self.hasher().update(&bytes).finalize().as_bytes() != hash {
-            return Err(self.refused("is another file than at the start: start the plugin again to prove what it is now"));
+            return Err(Error::Replaced(self.path.clone()));
         }
         Ok(self.decoded(&bytes))
     }

@@ -47,6 +47,17 @@ async fn proving_node_with(chain: &DevChain, prover: &str, statement: &str, mark
     (Provider::of(node).await, program)
 }
 
+/// The proof of job 1 goes to a file, and holds against the chain.
+fn saved(node: &Place) {
+    let file = node.path().join("saved.json");
+    let file = file.to_str().expect("a path of text");
+    node.ran(&["proof", "save", "1", "-o", file]);
+    let held = node.ran(&["verify", file, "--job", "1"]).out;
+    assert!(held.contains("The proof holds.") && held.contains("job 1, subject"), "{held}");
+    let none = node.run(&["proof", "save", "2", "-o", file, "--json"]);
+    assert_eq!(none.json()["error"]["code"], "nothing", "{none:#?}");
+}
+
 /// What `job post --wait` tells of a job with a proof.
 fn posted(client: &Place, node: &Provider, proof: &str) -> Value {
     let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--temperature", "0", "--wait", "--proof", proof];
@@ -74,6 +85,7 @@ async fn a_job_that_asks_for_a_proof_is_proven_to_the_contract_and_paid() {
     assert_eq!(other.json()["error"]["code"], "does_not_hold", "{other:#?}");
     assert!(other.out.contains("not about job 1") && other.out.contains("its subject is"), "{other:#?}");
 
+    saved(&node.node.place);
     let accepted = client.ran(&["job", "accept", "1", "--json"]).json();
     assert_ne!(accepted["division"]["to_host"], "0", "{accepted:#}");
     eventually("the node knows of its pay", LIMIT, async || {
@@ -100,6 +112,7 @@ async fn tokens_of_an_answer_are_proven_at_positions_that_a_later_block_draws() 
     })
     .await;
     assert!(status["result"]["trace"].as_str().is_some_and(|root| root.len() == 66), "{status:#}");
+    saved(&node.node.place);
 }
 
 #[tokio::test]
@@ -223,7 +236,7 @@ async fn a_result_that_was_proven_is_upheld_by_the_arbiter_that_its_node_accepts
     const BOND: u128 = 10_000_000_000_000_000;
     let chain = DevChain::start().expect("a chain");
     let clients = Clients::of(&chain);
-    let (node, program) = proving_node_with(&chain, GROTH16, "commitment", &format!("arbiters = ['{ARBITER}']\n")).await;
+    let (node, program) = proving_node_with(&chain, GROTH16, "commitment", &format!("arbiters = ['{ARBITER}']\nleast_resolve_s = 600\n")).await;
     let client = place(&chain, CLIENT, "", "", NET);
     let proof = format!("commitment:{program}");
     let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--proof", &proof, "--bootstrap", &node.address];
@@ -261,16 +274,18 @@ async fn a_result_that_was_proven_is_upheld_by_the_arbiter_that_its_node_accepts
     // It answers every question with two words: the host wins, and 10,000 of 10,000 of the bond.
     let ruling = "0x60015f5261271060205260405ff3";
     chain.ask("anvil_setCode", json!([ARBITER, ruling])).await.expect("the arbiter has code");
-    let resolved = client.ran(&["job", "resolve", "2", "--json"]).json();
-    assert_eq!(resolved["job"]["state"], "settled", "{resolved:#}");
-    let paid: u128 = resolved["division"]["to_host"].as_str().and_then(|wei| wei.parse().ok()).expect("an amount");
-    assert!(paid > 0, "{resolved:#}");
-    assert_eq!(clients.credit(PAYOUT.address).await, paid + BOND);
+    // Its client has no reason to have that carried out, and the node does.
     eventually("the node knows of its pay", LIMIT, async || {
         let jobs = node.node.place.ran(&["jobs", "--state", "settled", "--json"]).json();
         (jobs["jobs"][0]["id"] == 2).then_some(())
     })
     .await;
+    let job = client.ran(&["job", "status", "2", "--json"]).json();
+    assert_eq!(job["job"]["state"], "settled", "{job:#}");
+    let paid = clients.credit(PAYOUT.address).await;
+    assert!(paid > BOND, "the price, and the bond of the challenge: {paid}");
+    let again = client.run(&["job", "resolve", "2", "--json"]);
+    assert_eq!(again.json()["error"]["code"], "nothing", "{again:#?}");
 }
 
 #[test]

@@ -9,29 +9,26 @@ use serde_json::{Value, json};
 /// Longer than a vector ever takes: echo's answers could begin before it is made.
 const PATIENT: &str = ", wait_ms = 10000";
 
-/// Echo, whose answer shows which question it answers, the model that embeds, and a place for vectors. `None`, said aloud, where the model is
-/// not there. With the settings of a cache that compares questions, or without a cache.
-fn config(semantic: Option<&str>) -> Option<String> {
+/// Echo, whose answer shows which question it answers, the model that embeds, and a place for vectors. With the settings of a cache that
+/// compares questions, or without a cache.
+fn config(semantic: Option<&str>) -> String {
     let model = repository().join("models/all-minilm/all-minilm-l6-v2-q8_0.gguf");
-    if !model.is_file() {
-        eprintln!("SKIPPED: {} is not there; `make embedding-model` makes it", model.display());
-        return None;
-    }
+    assert!(model.is_file(), "{} is not there; `make embedding-model` makes it", model.display());
     let cache = semantic.map(|settings| format!("[cache]\nenabled = true\nsemantic = {{ model = 'all-minilm'{settings} }}\n"));
     let cache = cache.unwrap_or_default();
-    Some(format!(
+    format!(
         "{cache}[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n\
          [[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolation = 'in-process'\n[[plugin]]\nid = 'llama'\n\
          use = 'inference-llama-cpp'\n[[plugin.config.models]]\nid = 'all-minilm'\npath = '{}'\nthreads = 1\n",
         model.display()
-    ))
+    )
 }
 
-async fn start(semantic: Option<&str>) -> Option<Node> {
-    let node = Node::start(&config(semantic)?).await;
+async fn start(semantic: Option<&str>) -> Node {
+    let node = Node::start(&config(semantic)).await;
     node.serves("all-minilm").await;
     node.serves("echo").await;
-    Some(node)
+    node
 }
 
 /// What was said, what the answer says of the cache, and how long it took.
@@ -46,7 +43,7 @@ async fn ask(client: &reqwest::Client, node: &Node, body: &Value) -> (String, St
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_question_in_other_words_has_the_same_answer_and_another_question_has_not() {
-    let Some(node) = start(Some(PATIENT)).await else { return };
+    let node = start(Some(PATIENT)).await;
     let client = reqwest::Client::new();
     // The first vector takes longer than a request waits for one.
     embed(&node, &["Hello".to_owned()]).await;
@@ -89,7 +86,7 @@ async fn placed(node: &Node, questions: f64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_place_for_vectors_questions_are_not_compared_and_the_log_says_so() {
-    let Some(config) = config(Some(PATIENT)) else { return };
+    let config = config(Some(PATIENT));
     let portal = fabstir_tests::portal::Portal::start();
     let s5 = format!("use = 'storage-s5'\nconfig = {{ portals = [{{ url = '{}' }}] }}", portal.url);
     let node = Node::start(&config.replace("use = 'storage-disk'", &s5)).await;
@@ -104,7 +101,7 @@ async fn without_a_place_for_vectors_questions_are_not_compared_and_the_log_says
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_embeds_is_not_asked_to_go_on() {
-    let Some(node) = start(None).await else { return };
+    let node = start(None).await;
     assert!(node.chat(&chat("all-minilm", "a")).await.refusal(400, "invalid_value").contains("embeds texts"));
     assert_eq!(node.get("/v1/models/all-minilm").await.body["generates"], false);
     let texts = ["How do I boil an egg?", "What's the best way to boil an egg?", "The moon is far away."];
@@ -147,7 +144,7 @@ fn shares(pairs: &[&Pair], takes: impl Fn(&Pair) -> bool) -> (f64, f64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn words_that_change_the_answer_are_seen_where_vectors_do_not_see_them() {
-    let Some(node) = start(None).await else { return };
+    let node = start(None).await;
     let file = repository().join("models/all-minilm/questions.json");
     let families: Vec<Value> = serde_json::from_slice(&std::fs::read(file).expect("it can be read")).expect("JSON");
     let (mut dev, mut held_out) = (Vec::new(), Vec::new());
@@ -195,9 +192,7 @@ async fn words_that_change_the_answer_are_seen_where_vectors_do_not_see_them() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn looking_for_other_words_costs_a_miss_milliseconds() {
-    let (Some(plain), Some(node), Some(patient)) = (start(None).await, start(Some("")).await, start(Some(PATIENT)).await) else {
-        return;
-    };
+    let (plain, node, patient) = (start(None).await, start(Some("")).await, start(Some(PATIENT)).await);
     let clients = [reqwest::Client::new(), reqwest::Client::new(), reqwest::Client::new()];
     let (mut without, mut misses, mut hits) = (Vec::new(), Vec::new(), Vec::new());
     for number in 0..100 {

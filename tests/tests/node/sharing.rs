@@ -7,27 +7,27 @@ use fabstir_tests::portal::Portal;
 use fabstir_tests::{LIMIT, Node, Place, chat, eventually, process};
 use serde_json::{Value, json};
 
-/// A node that shares what it says with those that have the same key.
-fn place(portal: &Portal, key: &str) -> Place {
+pub const ECHO: &str = "[[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolation = 'in-process'\n\n";
+
+/// Starts a node that shares what it says with those that have the same key, in this storage.
+pub async fn sharing(key: &str, id: &str, plugin: &str, config: &str) -> Node {
     let place = Place::new(&format!(
-        "[cache]\nenabled = true\nshared = {{ storage = 's5', key_file = 'shared.key', every_s = 1 }}\n\n\
-         [[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolation = 'in-process'\n\n\
-         [[plugin]]\nid = 's5'\nuse = 'storage-s5'\nconfig = {{ portals = [{{ url = '{}' }}], timeout_ms = 1000 }}\n",
-        portal.url
+        "[cache]\nenabled = true\nshared = {{ storage = '{id}', key_file = 'shared.key', every_s = 1 }}\n\n{ECHO}\
+         [[plugin]]\nid = '{id}'\nuse = '{plugin}'\n[plugin.config]\ntimeout_ms = 1000\n{config}\n"
     ));
     let file = place.file("shared.key", key);
     std::fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("it is ours");
-    place
-}
-
-async fn start(portal: &Portal, key: &str) -> Node {
-    let node = Node::launch(place(portal, key), &[]);
+    let node = Node::launch(place, &[]);
     node.healthy().await;
     node
 }
 
+async fn start(portal: &Portal, key: &str) -> Node {
+    sharing(key, "s5", "storage-s5", &format!("portals = [{{ url = '{}' }}]", portal.url)).await
+}
+
 /// The status, and what the answer says of the cache.
-async fn ask(node: &Node, body: &Value, control: &str) -> (u16, String) {
+pub async fn ask(node: &Node, body: &Value, control: &str) -> (u16, String) {
     let request = reqwest::Client::new().post(format!("{}/v1/chat/completions", node.url)).json(body);
     let response = request.header("cache-control", control).send().await.expect("the node answers");
     let x_cache = response.headers().get("x-cache").map(|value| value.to_str().expect("text").to_owned()).unwrap_or_default();
@@ -35,7 +35,7 @@ async fn ask(node: &Node, body: &Value, control: &str) -> (u16, String) {
 }
 
 /// Waits until a node has an answer without having said it.
-async fn knows(node: &Node, body: &Value) {
+pub async fn knows(node: &Node, body: &Value) {
     eventually("the answer is shared", LIMIT, async || {
         let (status, x_cache) = ask(node, body, "only-if-cached").await;
         assert!(status == 504 || x_cache.starts_with("hit; layer=exact"), "{status} {x_cache}");
@@ -48,7 +48,7 @@ async fn forgets(node: &Node, body: &Value) {
     eventually("the answer is erased", LIMIT, async || (ask(node, body, "only-if-cached").await.0 == 504).then_some(())).await;
 }
 
-const KEY: &str = "5f1d0c0e4b7a6938271605f4e3d2c1b0a99887766554433221100ffeeddccbba\n";
+pub const KEY: &str = "5f1d0c0e4b7a6938271605f4e3d2c1b0a99887766554433221100ffeeddccbba\n";
 const OTHER_KEY: &str = "0f1d0c0e4b7a6938271605f4e3d2c1b0a99887766554433221100ffeeddccbba\n";
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use fabstir_plugin_api::chain::{Act, Cursor, Job, JobId, ModelId, Notice, Quote, Since, Sure};
+use fabstir_plugin_api::chain::{Act, Cursor, Job, JobId, JobResult, ModelId, Notice, Quote, Since, Sure};
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
 use fabstir_plugin_api::prover::ProofKind;
@@ -46,7 +46,8 @@ pub(crate) use verdict::tests::row as example;
 use carrying::Carrier;
 use due::Due;
 pub(in crate::market) use verdict::is_about;
-use verdict::{Fees, OnChain, Promised, Proves, Served, Standing, Verdict, compare, fees, judge};
+use traced::is_traced;
+use verdict::{Fees, OnChain, Promised, Proves, Purse, Served, Standing, Verdict, compare, fees, judge};
 
 /// How long a call that reads the chain may take.
 const CALL: Duration = Duration::from_secs(10);
@@ -58,6 +59,8 @@ const MOST_LOOKED: usize = 1024;
 const MOST_IN_WORK: usize = 4096;
 /// What a proof may have, in bytes, whose size is not known before it is made: eight tokens of a long answer.
 const PROOF_BYTES: u64 = 7 << 10;
+/// What the name of a result takes: a node's name and a hash.
+const RESULT_REF_BYTES: usize = 128;
 /// How often what has waited is looked at again.
 const TICK: Duration = Duration::from_secs(1);
 /// How long the cursor may be behind what was read where nothing has happened: a start reads so much again, and no more.
@@ -174,6 +177,14 @@ pub async fn run(seller: &Arc<Seller>, desk: &Arc<Desk>, stop: &CancellationToke
         }
     }
     while lane.tasks.join_next().await.is_some() {}
+}
+
+/// Bytes that a chain charges as much for as for those of a proof: none is zero, and they do not compress.
+fn filler(bytes: u64) -> Vec<u8> {
+    let mut filler = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX).min(1 << 20)];
+    blake3::Hasher::new().finalize_xof().fill(&mut filler);
+    filler.iter_mut().for_each(|byte| *byte |= 1);
+    filler
 }
 
 /// What was found out about a job from the chain.
@@ -349,7 +360,8 @@ impl Lane {
                     self.drop_task(*job);
                 }
                 Meant::Challenged(job) => {
-                    tracing::warn!(job, "Its client objects to a result: the arbiter of its terms decides.")
+                    tracing::warn!(job, "Its client objects to a result: the arbiter of its terms decides.");
+                    self.due.look_at(*job);
                 }
                 Meant::Over { .. } | Meant::Seen(_) | Meant::Nothing => {}
             }
@@ -444,7 +456,7 @@ impl Lane {
                 continue;
             };
             let id = row.id;
-            match self.check(&row).await {
+            match self.check(&row, &model).await {
                 Ok(Checked::Good) => {
                     let claiming = Step { model: Some(model), ..Step::to(State::Claiming) };
                     if let Some(row) = journal.step_job(id, State::Seen, claiming).await? {
@@ -476,14 +488,15 @@ impl Lane {
         Ok(())
     }
 
-    /// Asks the chain about a job: whether it is as it was told, whether it can be claimed, and what that costs.
-    async fn check(&self, row: &JobRow) -> Result<Checked, DeskError> {
+    /// Asks the chain about a job: whether it is as it was told, whether it can be claimed, and what all of it costs. Asks the model how long its
+    /// input is, since what is found out after the claim costs a part of the bond.
+    async fn check(&self, row: &JobRow, model: &str) -> Result<Checked, DeskError> {
         let is_large = row.terms.max_amount.0 >= self.shared.seller.config.sure_above_wei.into();
         let sure = if is_large { Sure::Safe } else { Sure::Latest };
         let job = async { self.shared.on_chain(row, sure).await.map_err(DeskError::from) };
         // All at a time: other nodes look at it too.
-        let (on_chain, quote, proof) =
-            tokio::join!(job, self.shared.desk.quote(Act::ClaimJob { job: row.id }), self.proof_fee(row));
+        let claim = self.shared.desk.quote(Act::ClaimJob { job: row.id });
+        let (on_chain, claim, later, counted) = tokio::join!(job, claim, self.later_fees(row), self.shared.counted(row, model));
         let over = |to, cause: Cause, why: &str| Ok(Checked::Step(Step::to(to).because(cause.word(), why)));
         match on_chain? {
             OnChain::Open => {}
@@ -500,8 +513,8 @@ impl Lane {
             // What its proof needs is in the journal that is gone.
             OnChain::Delivered { .. } | OnChain::Settled => return Ok(Checked::Step(Step::to(State::Submitted))),
         }
-        let fee = match quote {
-            Ok(quote) => quote.fee,
+        let claim = match claim {
+            Ok(quote) => quote,
             Err(DeskError::Refused(why)) => {
                 return match why {
                     why if why.contains("JobWrongState") => over(State::Missed, Cause::Lost, "another node was first"),
@@ -513,25 +526,42 @@ impl Lane {
             }
             Err(error) => return Err(error),
         };
+        match counted {
+            Ok(Ok(())) => {}
+            Ok(Err((cause, why))) => return over(State::Declined, cause, &why),
+            Err(error) => return Ok(Checked::Wait(Cause::Model, format!("its input cannot be counted at the moment: {error}"))),
+        }
+        let quotes: Vec<(&str, Quote)> = [("claiming it", claim)].into_iter().chain(later?).collect();
         let max_fee_wei = self.shared.seller.config.max_fee_wei.into();
-        match fees(fee, proof?.as_ref(), row.terms.max_amount, max_fee_wei) {
+        let purse = Purse { max_fee_wei, today_wei: self.shared.desk.fees_left() };
+        match fees(&quotes, row.terms.max_amount, purse) {
             Fees::Good => Ok(Checked::Good),
             Fees::High(why) => Ok(Checked::Wait(Cause::Fee, why)),
             Fees::TooHigh(why) => over(State::Declined, Cause::Fee, &why),
         }
     }
 
-    /// What handing in a proof of this job would cost now, where its terms ask for one.
-    async fn proof_fee(&self, row: &JobRow) -> Result<Option<Quote>, DeskError> {
-        if row.terms.proof_kind == 0 {
-            return Ok(None);
+    /// What handing in the result of this job would cost now, and its proof where its terms ask for one. The contract would refuse both, and the
+    /// quotes say what they cost all the same.
+    async fn later_fees(&self, row: &JobRow) -> Result<Vec<(&'static str, Quote)>, DeskError> {
+        let hash = || format!("0x{}", hex::encode(filler(32)));
+        let result = JobResult {
+            output_commitment: hash(),
+            trace: is_traced(&row.terms).then(hash),
+            input_tokens: row.terms.max_input_tokens,
+            output_tokens: row.terms.max_output_tokens,
+            result_ref: "x".repeat(RESULT_REF_BYTES),
+        };
+        let mut acts = vec![("handing its result in", Act::SubmitResult { job: row.id, result })];
+        if row.terms.proof_kind != 0 {
+            let bytes = self.shared.provable(&row.terms).await.and_then(|known| known.proof_bytes).unwrap_or(PROOF_BYTES);
+            acts.push((
+                "handing its proof in",
+                Act::SubmitProof { job: row.id, public_inputs: filler(64), proof: filler(bytes) },
+            ));
         }
-        let bytes = self.shared.provable(&row.terms).await.and_then(|known| known.proof_bytes).unwrap_or(PROOF_BYTES);
-        // No zeros: they cost less than other bytes.
-        let some = |bytes: u64| vec![0xff; usize::try_from(bytes).unwrap_or(usize::MAX).min(1 << 20)];
-        let act = Act::SubmitProof { job: row.id, public_inputs: some(64), proof: some(bytes) };
-        // The contract would refuse it, and the quote says what it costs all the same.
-        Ok(Some(self.shared.desk.chain.quote(&Cx::new().with_timeout(CALL), act).await?))
+        let quote = async |(what, act)| Ok((what, self.shared.desk.chain.quote(&Cx::new().with_timeout(CALL), act).await?));
+        futures::future::try_join_all(acts.into_iter().map(quote)).await
     }
 
     /// How this node stands at the moment.
@@ -539,10 +569,12 @@ impl Lane {
         let seller = &self.shared.seller;
         let models = self.shared.models().await?;
         let routes = seller.routes.borrow().clone();
-        let provables = match asks_proof {
+        let mut provables = match asks_proof {
             true => self.shared.provables().await,
             false => Provables::default(),
         };
+        // A bond that is put up for a proof is lost where its keys turn out to be damaged.
+        provables.ready.retain(|known| known.is_checked);
         let proves = |known: Provable| {
             let Provable { kind, program, model, takes_ms, .. } = known;
             kind.number().map(|kind| Proves { kind, program, model, takes_ms })
@@ -566,6 +598,8 @@ impl Lane {
             promised: Promised::default(),
             arbiters: seller.config.arbiters.clone(),
             max_bond_wei: seller.config.max_bond_wei.into(),
+            least_resolve_s: seller.config.least_resolve_s,
+            max_wait_s: seller.config.max_wait_s,
             now_s: self.shared.clock.now_s(),
         };
         for row in promised.iter().filter(|row| row.terms.proof_kind != 0) {

@@ -95,7 +95,7 @@ impl Seller {
 
     /// The digest of a model that is served now, by which the chain knows it.
     fn digest(&self, model: &str) -> Result<String> {
-        let served = self.scheduler.models().into_iter().find(|served| served.id == model);
+        let served = self.scheduler.generating().find(|served| served.id == model);
         let served = served.ok_or_else(|| PluginError::not_found(format!("the model `{model}` is not served here")))?;
         served.digest.ok_or_else(|| denied(format!("the model `{model}` has no digest, by which a contract could name it")))
     }

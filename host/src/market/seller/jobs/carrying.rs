@@ -36,8 +36,12 @@ const FOLLOW: Duration = Duration::from_secs(60);
 const LATE_S: u64 = 120;
 /// The pause before an answer is read once more whose states were others than those that were committed to.
 const READ_AGAIN: Duration = Duration::from_secs(10);
-/// The pause before a proof is ordered once more that was not sent.
+/// The pause before a proof is ordered once more that was not sent, or came to nothing.
 const SEND_AGAIN: Duration = Duration::from_secs(30);
+/// The pause before the contract is asked once more whether it takes a proof.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// How often a proof is sent, for a fee each time, that the contract refuses without saying why.
+const MOST_SENT: u32 = 3;
 /// What the contract calls a proof that its verifier does not accept.
 const REJECTED: &str = "ProofRejected";
 /// The pieces in which a result is stored.
@@ -86,11 +90,13 @@ pub(super) struct Carrier {
     coming: Option<Coming>,
     /// The states that its result has committed to. After a start they are read anew.
     states: Option<Vec<Vec<f32>>>,
+    /// How often its proof was sent, and refused.
+    reverted: u32,
 }
 
 impl Carrier {
     pub fn new(shared: Arc<Shared>, slots: Arc<Semaphore>, slot: Option<OwnedSemaphorePermit>) -> Self {
-        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot, states: None }
+        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot, states: None, reverted: 0 }
     }
 
     /// Carries a job on from the state that it is in. Ends when there is nothing left to do, or, once the node stops, with the first
@@ -218,6 +224,8 @@ impl Carrier {
             Ok(answered) => answered,
             Err((cause, why)) => return self.over(&row, State::Abandoning, cause, why).await,
         };
+        // Those of an answer before this one.
+        self.states = None;
         let trace = match is_traced(&row.terms) {
             false => None,
             true => match self.trace(&row, &tokens, end_s).await {
@@ -253,7 +261,7 @@ impl Carrier {
             self.coming = None;
             let within = for_answer(is_traced(&row.terms), self.left(end_s));
             let refused = match self.generate(row, &input, &model.name, within).await {
-                Ok((output, tokens)) => return Ok(within_terms(row, output).map(|output| (output, tokens))),
+                Ok((output, tokens)) => return Ok(Ok((within_terms(row, output), tokens))),
                 Err(refused) => refused,
             };
             let because = |cause| Ok(Err((cause, refused.to_string())));
@@ -314,8 +322,13 @@ impl Carrier {
             }
             let error = match self.traced(row, tokens, left).await {
                 Ok(traced) => return traced,
-                // There is no such trace, now or later.
-                Err(error) if matches!(error.code, Code::InvalidArgument | Code::Unimplemented | Code::NotFound) => {
+                // There is no such trace, now or later; giving up costs a tenth of what being late does.
+                Err(error)
+                    if matches!(
+                        error.code,
+                        Code::InvalidArgument | Code::Unimplemented | Code::NotFound | Code::Full | Code::Denied | Code::Corrupt
+                    ) =>
+                {
                     return Err((Cause::Proof, error.to_string()));
                 }
                 Err(error) => error,
@@ -471,7 +484,7 @@ impl Carrier {
     async fn prove(&mut self, row: &JobRow) -> Next {
         (self.slot, self.coming) = (None, None);
         let end_s = match self.shared.on_chain(row, Sure::Latest).await? {
-            OnChain::Delivered { until_s, owes_proof: true } => until_s.saturating_sub(MARGIN_S),
+            OnChain::Delivered { until_s, owes_proof: true, .. } => until_s.saturating_sub(MARGIN_S),
             OnChain::Ours { .. } | OnChain::Open | OnChain::Absent => return self.step(row, Step::to(State::Stored)).await,
             other => return self.not_ours(row, &other).await,
         };
@@ -519,7 +532,12 @@ impl Carrier {
             Err(error) if matches!(error.code, Code::InvalidArgument | Code::Unimplemented) => {
                 self.over(row, State::Failed, Cause::Proof, error.to_string()).await
             }
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                if error.code == Code::Corrupt {
+                    self.shared.seller.prepared.forget(&provable);
+                }
+                Err(error.into())
+            }
         }
     }
 
@@ -540,17 +558,14 @@ impl Carrier {
                 self.step(row, Step::to(State::Submitted)).await
             }
             Err(error @ (DeskError::Pending { .. } | DeskError::Plugin(_))) => Err(error.into()),
-            Err(error) => {
-                tracing::warn!(job = row.id, %error, "A proof was not handed in.");
-                self.refused_proof(row, &proof, error).await
-            }
+            Err(error) => self.refused_proof(row, &proof, error).await,
         }
     }
 
     /// What to do about a proof that the contract does not take, or that was not sent.
-    async fn refused_proof(&self, row: &JobRow, proof: &Proof, error: DeskError) -> Next {
+    async fn refused_proof(&mut self, row: &JobRow, proof: &Proof, error: DeskError) -> Next {
         let until_s = match self.shared.on_chain(row, Sure::Latest).await? {
-            OnChain::Delivered { until_s, owes_proof: true } => until_s,
+            OnChain::Delivered { until_s, owes_proof: true, .. } => until_s,
             OnChain::Ours { .. } | OnChain::Open | OnChain::Absent => return self.step(row, Step::to(State::Stored)).await,
             other => return self.not_ours(row, &other).await,
         };
@@ -559,7 +574,9 @@ impl Carrier {
         }
         let subject = self.desk().chain.subject(&Cx::new().with_timeout(CALL), row.id, Sure::Latest).await?;
         let draw = self.draw(row).await?;
-        match after_refusal(proof, &subject, draw.as_ref(), &error) {
+        self.reverted += u32::from(matches!(error, DeskError::Reverted { .. }));
+        match after_refusal(proof, &subject, draw.as_ref(), &error, self.reverted) {
+            AfterRefusal::AskAgain => Err(wait(error.to_string(), ASK_AGAIN.min(self.left(until_s)))),
             AfterRefusal::ProveAnew => self.step(row, Step { anew: true, ..Step::to(State::Proving) }).await,
             AfterRefusal::GiveUp => self.over(row, State::Failed, Cause::Proof, error.to_string()).await,
             AfterRefusal::SendAnew => {
@@ -612,6 +629,8 @@ impl Carrier {
 enum AfterRefusal {
     /// Blocks were taken back, and it is of another result, or at positions that are drawn no longer.
     ProveAnew,
+    /// It was not sent, which costs nothing. The endpoint may be behind the one that told the draw, and know no hash of its block yet.
+    AskAgain,
     /// It is of what the contract has, and so would be every other: making it again leads to the same end, at a fee each time.
     GiveUp,
     /// Nothing is wrong with it.
@@ -624,13 +643,14 @@ fn is_of(proof: &Proof, subject: &Hash32, draw: Option<&Hash32>) -> bool {
     proof.about.subject == *subject && drawn == draw
 }
 
-fn after_refusal(proof: &Proof, subject: &Hash32, draw: Option<&Hash32>, error: &DeskError) -> AfterRefusal {
+fn after_refusal(proof: &Proof, subject: &Hash32, draw: Option<&Hash32>, error: &DeskError, reverted: u32) -> AfterRefusal {
     if !is_of(proof, subject, draw) {
         return AfterRefusal::ProveAnew;
     }
     match error {
-        DeskError::Refused(why) if why.contains(REJECTED) => AfterRefusal::GiveUp,
+        DeskError::Refused(_) => AfterRefusal::AskAgain,
         DeskError::Reverted { why: Some(why), .. } if why.contains(REJECTED) => AfterRefusal::GiveUp,
+        DeskError::Reverted { .. } if reverted >= MOST_SENT => AfterRefusal::GiveUp,
         _ => AfterRefusal::SendAnew,
     }
 }
@@ -642,16 +662,13 @@ fn unprovable(row: &JobRow) -> PluginError {
 /// An answer, with its tokens where they are traced.
 type Answered = (JobOutput, Vec<u32>);
 
-/// The answer, if the job's terms pay for it.
-fn within_terms(row: &JobRow, mut output: JobOutput) -> Result<JobOutput, (Cause, String)> {
-    let (used, paid) = (u64::from(output.usage.prompt_tokens), row.terms.max_input_tokens);
-    if used > paid {
-        return Err((Cause::TooLong, format!("its input has {used} tokens, its terms pay for {paid}")));
-    }
-    // No more than was asked for can be charged, whatever a plugin counts.
-    let most = u32::try_from(row.terms.max_output_tokens).unwrap_or(u32::MAX);
-    output.usage.completion_tokens = output.usage.completion_tokens.min(most);
-    Ok(output)
+/// The answer, with no more tokens than the job's terms pay for: no more can be charged, whatever a plugin counts.
+fn within_terms(row: &JobRow, mut output: JobOutput) -> JobOutput {
+    let most = |tokens: u64| u32::try_from(tokens).unwrap_or(u32::MAX);
+    let usage = &mut output.usage;
+    usage.prompt_tokens = usage.prompt_tokens.min(most(row.terms.max_input_tokens));
+    usage.completion_tokens = usage.completion_tokens.min(most(row.terms.max_output_tokens));
+    output
 }
 
 #[cfg(test)]
@@ -677,16 +694,19 @@ mod tests {
         let rejected = || DeskError::Refused("ProofRejected(ProofRejected { job_id: 1 })".into());
         let reverted = |why: Option<&str>| DeskError::Reverted { transaction: None, why: why.map(str::to_owned) };
         let receipt = proof(Claim::None);
-        assert_eq!(after_refusal(&receipt, &word("1"), None, &rejected()), AfterRefusal::GiveUp);
-        assert_eq!(after_refusal(&receipt, &word("1"), None, &reverted(Some("ProofRejected"))), AfterRefusal::GiveUp);
-        assert_eq!(after_refusal(&receipt, &word("5"), None, &rejected()), AfterRefusal::ProveAnew);
+        let after = |subject: &str, error| after_refusal(&receipt, &word(subject), None, &error, 1);
+        assert_eq!(after("1", reverted(Some("ProofRejected"))), AfterRefusal::GiveUp);
+        assert_eq!(after("5", rejected()), AfterRefusal::ProveAnew);
         let answer = proof(Claim::Answer { trace: word("6"), tokens: 1, draw: word("7") });
-        assert_eq!(after_refusal(&answer, &word("1"), Some(&word("7")), &rejected()), AfterRefusal::GiveUp);
-        assert_eq!(after_refusal(&answer, &word("1"), Some(&word("8")), &rejected()), AfterRefusal::ProveAnew);
-        // What says nothing about the proof costs no proof, and no bond.
-        for error in [reverted(None), DeskError::Refused("insufficient funds".into()), DeskError::Dead { why: None }] {
-            assert_eq!(after_refusal(&receipt, &word("1"), None, &error), AfterRefusal::SendAnew);
+        assert_eq!(after_refusal(&answer, &word("1"), Some(&word("8")), &rejected(), 0), AfterRefusal::ProveAnew);
+        // An endpoint that lags knows no hash of the block that draws, so that no proof of this kind holds there yet.
+        assert_eq!(after_refusal(&answer, &word("1"), Some(&word("7")), &rejected(), 0), AfterRefusal::AskAgain);
+        assert_eq!(after("1", DeskError::Refused("insufficient funds".into())), AfterRefusal::AskAgain);
+        // What says nothing about the proof costs no bond, unless it costs a fee again and again.
+        for error in [reverted(None), DeskError::Dead { why: None }] {
+            assert_eq!(after("1", error), AfterRefusal::SendAnew);
         }
+        assert_eq!(after_refusal(&receipt, &word("1"), None, &reverted(None), MOST_SENT), AfterRefusal::GiveUp);
     }
 
     #[test]
@@ -696,8 +716,7 @@ mod tests {
             finish: Finish::Stop,
             usage: Usage { prompt_tokens, completion_tokens, cached_tokens: 0 },
         };
-        assert_eq!(within_terms(&row(1), output(100, 50)), Ok(output(100, 50)));
-        assert_eq!(within_terms(&row(1), output(100, 51)), Ok(output(100, 50)));
-        assert_eq!(within_terms(&row(1), output(101, 1)).map_err(|(cause, _)| cause), Err(Cause::TooLong));
+        assert_eq!(within_terms(&row(1), output(100, 50)), output(100, 50));
+        assert_eq!(within_terms(&row(1), output(101, 51)), output(100, 50));
     }
 }

@@ -1,4 +1,5 @@
-//! Results whose client says nothing: once its time to object is over, anyone may have the job settled.
+//! Results whose client says nothing: once its time to object is over, anyone may have the job settled. And those that it objects to: anyone may
+//! have the arbiter's ruling carried out, and the client has no reason to where it goes against it.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -18,11 +19,13 @@ const PAUSE: Duration = Duration::from_secs(5);
 const MOST: usize = 10_000;
 /// How long an order that was not carried out is left alone. Seconds.
 const REST_S: u64 = 600;
+/// How often an arbiter is asked whether it rules. Seconds.
+const RULING_S: u64 = 30;
 
 #[derive(Default)]
 pub(super) struct Due {
     looked: Option<Instant>,
-    /// When each result's client has no more to say, in seconds since 1970.
+    /// When each result is looked at again, since its client has no more to say then, in seconds since 1970.
     until_s: HashMap<JobId, u64>,
 }
 
@@ -58,6 +61,12 @@ impl Due {
         (self.looked, self.until_s) = (None, HashMap::new());
     }
 
+    /// Its client has objected to it: what was known of its end is so no more.
+    pub fn look_at(&mut self, job: JobId) {
+        self.looked = None;
+        self.until_s.remove(&job);
+    }
+
     async fn step(&self, shared: &Shared, id: JobId, step: Step) -> Result<(), DeskError> {
         let stepped = shared.seller.journal.step_job(id, State::Submitted, step).await;
         Ok(stepped.map(drop).map_err(PluginError::from)?)
@@ -71,6 +80,10 @@ impl Due {
                 let proving = Step { anew: true, ..Step::to(State::Proving) };
                 return self.step(shared, id, proving).await;
             }
+            OnChain::Delivered { until_s, objected: true, .. } if until_s >= shared.clock.now_s() => {
+                self.until_s.insert(id, shared.clock.now_s() + RULING_S);
+                return self.end(shared, row, "resolve", Act::Resolve { job: id }).await;
+            }
             OnChain::Delivered { until_s, .. } => until_s,
             OnChain::Taken | OnChain::Another | OnChain::ClaimedAnother => {
                 let failed = Step::to(State::Failed).because(Cause::Reorg.word(), "the chain has taken this node's claim back");
@@ -83,13 +96,17 @@ impl Due {
         if until_s >= shared.clock.now_s() || !is_known {
             return Ok(());
         }
-        let quote = match shared.desk.quote(Act::ExpireJob { job: id }).await {
+        // The contracts' clock may be a little behind this machine's.
+        self.until_s.insert(id, shared.clock.now_s() + 1);
+        self.end(shared, row, "expire", Act::ExpireJob { job: id }).await
+    }
+
+    /// Has a job ended, if the contract does it and it brings more than it costs.
+    async fn end(&mut self, shared: &Shared, row: &JobRow, name: &str, act: Act) -> Result<(), DeskError> {
+        let id = row.id;
+        let quote = match shared.desk.quote(act.clone()).await {
             Ok(quote) => quote,
-            // The contracts' clock is a little behind this machine's.
-            Err(DeskError::Refused(_)) => {
-                self.until_s.insert(id, shared.clock.now_s() + 1);
-                return Ok(());
-            }
+            Err(DeskError::Refused(_)) => return Ok(()),
             Err(error) => return Err(error),
         };
         self.until_s.insert(id, shared.clock.now_s() + REST_S);
@@ -97,14 +114,14 @@ impl Due {
             tracing::warn!(job = id, fee = %quote.fee, "Having a job settled costs more than it brings; waiting.");
             return Ok(());
         }
-        let order = shared.desk.order(format!("expire-{id}-{}", row.attempt), Act::ExpireJob { job: id }).await?;
+        let order = shared.desk.order(format!("{name}-{id}-{}", row.attempt), act).await?;
         if matches!(order.state, ProgressState::Dead | ProgressState::Reverted { .. }) {
             // The next one has a key of its own.
             let anew = Step { anew: true, ..Step::to(State::Submitted) };
             self.step(shared, id, anew).await?;
             tracing::warn!(job = id, why = order.why, "A job was not settled; trying again later.");
         } else {
-            tracing::info!(job = id, "Job is to be settled: its client has said nothing.");
+            tracing::info!(job = id, by = name, "Job is to be settled.");
         }
         Ok(())
     }

@@ -1,21 +1,25 @@
-//! Answers whose tokens are to be proven: the states that the model has chosen them from.
+//! Inputs and answers as the model reads them: how long an input is, and the states that the tokens of an answer were chosen from.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use fabstir_plugin_api::chain::JobTerms;
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::{Code, PluginError};
-use fabstir_plugin_api::inference::{States, Template, Tokenize};
+use fabstir_plugin_api::inference::{Inference, Message, States, Template, Tokenize};
 use fabstir_plugin_api::prover::ProofKind;
 
 use super::Shared;
-use super::verdict::Cause;
+use super::verdict::{Cause, fits};
 use crate::market::journal::jobs::JobRow;
 use crate::market::posting::JobInput;
 use crate::market::proving::{self, Provable, Provables};
+use crate::routes::InferenceRoute;
 
 /// How long reading an answer anew may take.
 const READ: Duration = Duration::from_secs(600);
+/// How long counting the tokens of an input may take.
+const COUNT: Duration = Duration::from_secs(10);
 
 /// Something that can be done, or will never be.
 pub type Could<T> = Result<Result<T, (Cause, String)>, PluginError>;
@@ -25,7 +29,36 @@ pub fn is_traced(terms: &JobTerms) -> bool {
     ProofKind::OutputHead.number() == Some(terms.proof_kind)
 }
 
+/// A conversation as the model reads it.
+async fn tokens_of(inference: &dyn Inference, cx: &Cx, model: &str, messages: Vec<Message>) -> Result<Vec<u32>, PluginError> {
+    let text = inference.apply_template(cx, Template { model: model.to_owned(), messages }).await?;
+    inference.tokenize(cx, Tokenize { model: model.to_owned(), text, special: true }).await
+}
+
 impl Shared {
+    /// Whether the model takes a job's input, and its terms pay for it, as the model counts it. A plugin that does not count is taken at its word
+    /// later.
+    pub async fn counted(&self, row: &JobRow, model: &str) -> Could<()> {
+        let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
+            Ok(input) => input,
+            Err(error) => return Ok(Err((Cause::Input, error.to_string()))),
+        };
+        let routes = self.seller.routes.borrow().clone();
+        let served = |route: &Arc<InferenceRoute>| route.serves(model).map(|served| (route.clone(), served.context));
+        let Some((route, context)) = routes.inference.iter().find_map(served) else {
+            return Err(PluginError::unavailable(format!("the model {model} is not served at the moment")));
+        };
+        let Some(_inside) = route.in_flight.enter() else {
+            return Err(PluginError::unavailable(format!("the plugin {} takes no more calls at the moment", route.plugin)));
+        };
+        match tokens_of(&*route.inference, &Cx::new().with_timeout(COUNT), model, input.messages).await {
+            Ok(tokens) => Ok(fits(&row.terms, tokens.len() as u64, context)),
+            Err(error) if error.code == Code::Unimplemented => Ok(Ok(())),
+            Err(error) if matches!(error.code, Code::InvalidArgument | Code::TooLong) => Ok(Err((Cause::Input, error.to_string()))),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Who proves what these terms ask for.
     pub async fn provable(&self, terms: &JobTerms) -> Option<Provable> {
         self.provables().await.ready.into_iter().find(|provable| provable.is_of(terms))
@@ -54,8 +87,7 @@ impl Shared {
         };
         let cx = Cx::new().with_timeout(within.min(READ));
         let read = async {
-            let text = route.inference.apply_template(&cx, Template { model: model.clone(), messages: input.messages }).await?;
-            let mut read = route.inference.tokenize(&cx, Tokenize { model: model.clone(), text, special: true }).await?;
+            let mut read = tokens_of(&*route.inference, &cx, &model, input.messages).await?;
             read.extend(before);
             let last = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
             route.inference.states(&cx, States { model: model.clone(), tokens: read, last }).await

@@ -108,9 +108,13 @@ impl Cause {
                  `fabstir-node proof ls` shows which are made, and how long each takes."
             }
             Cause::Arbiter => {
-                "They name an arbiter, who may give amount and bond to the client: market.arbiters has those whose rulings are accepted."
+                "They name an arbiter, who may give amount and bond to the client, or leave it too little time: market.arbiters has those whose \
+                 rulings are accepted, market.least_resolve_s the time."
             }
-            Cause::Bond => "They ask for a larger bond than market.max_bond_wei: raise it, with stake enough, to get such jobs.",
+            Cause::Bond => {
+                "They ask for a larger bond than market.max_bond_wei, or hold it longer than market.max_wait_s: raise these, with stake enough, to \
+                 get such jobs."
+            }
             Cause::Input => "Their input is not what its commitment says, or cannot be read: the client's doing.",
             Cause::TooLong => {
                 "Their input and output are longer than their terms or the model's context allow: raise `context` of the model."
@@ -213,6 +217,9 @@ pub struct Standing {
     pub is_in_network: Option<bool>,
     pub prices: Prices,
     pub max_bond_wei: u128,
+    /// How long an arbiter must be given to rule, and how long pay may be out at the most. Seconds.
+    pub least_resolve_s: u64,
+    pub max_wait_s: u64,
     /// The contracts' clock, in seconds since 1970.
     pub now_s: u64,
 }
@@ -265,6 +272,17 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     if terms.arbiter != NATIVE && !is_accepted(&terms.arbiter) {
         return no(Cause::Arbiter, format!("it names the arbiter {}, whose rulings are not accepted here", terms.arbiter));
     }
+    // Who is not given time to rule gives the client its money back, and the node has worked for nothing.
+    let resolve_s = if terms.arbiter == NATIVE { 0 } else { terms.resolve_s };
+    if terms.arbiter != NATIVE && resolve_s < node.least_resolve_s {
+        let least = node.least_resolve_s;
+        return no(Cause::Arbiter, format!("it gives its arbiter {resolve_s} s to rule, {least} are needed"));
+    }
+    let wait_s = terms.challenge_s.saturating_add(resolve_s);
+    if wait_s > node.max_wait_s {
+        let why = format!("its pay and its bond may be out for {wait_s} s after the result, {} are waited at most", node.max_wait_s);
+        return no(Cause::Bond, why);
+    }
     if terms.deliver_s < LEAST_DELIVER_S {
         return no(Cause::Time, format!("it gives {} s to deliver, {LEAST_DELIVER_S} are needed", terms.deliver_s));
     }
@@ -283,13 +301,10 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         }
     }
     let tokens = estimated_tokens(&Input::Messages(input.messages));
-    if tokens > terms.max_input_tokens {
-        return no(Cause::TooLong, format!("its input has about {tokens} tokens, its terms pay for {}", terms.max_input_tokens));
-    }
-    let most = paid_output(terms, tokens);
-    if most == 0 {
-        return no(Cause::Amount, "its terms pay for no token of an answer".into());
-    }
+    let needed = match paid(terms, tokens) {
+        Ok(needed) => needed,
+        Err((cause, why)) => return no(cause, why),
+    };
     let later = |cause, why: String| if node.is_starting { Verdict::Wait(cause, why) } else { Verdict::Decline(cause, why) };
     let mut promise = None;
     if terms.proof_kind != 0 {
@@ -316,10 +331,9 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     if models.is_empty() {
         return later(Cause::Model, format!("the model {} is not served", terms.model));
     }
-    let needed = tokens.saturating_add(most);
     let Some(first) = models.iter().find(|model| needed <= model.context.into()) else {
         let context = models.iter().map(|model| model.context).max().unwrap_or(0);
-        return no(Cause::TooLong, format!("it may have {needed} tokens in all, the model's context has {context}"));
+        return no(Cause::TooLong, too_long(needed, context));
     };
     if !node.can_store {
         return later(Cause::Storage, "no storage plugin is ready".into());
@@ -343,6 +357,27 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     }
 }
 
+/// The tokens that input and answer may have together, if the terms pay for an input of so many.
+fn paid(terms: &JobTerms, tokens: u64) -> Result<u64, (Cause, String)> {
+    if tokens > terms.max_input_tokens {
+        return Err((Cause::TooLong, format!("its input has {tokens} tokens, its terms pay for {}", terms.max_input_tokens)));
+    }
+    match paid_output(terms, tokens) {
+        0 => Err((Cause::Amount, "its terms pay for no token of an answer".into())),
+        most => Ok(tokens.saturating_add(most)),
+    }
+}
+
+fn too_long(needed: u64, context: u32) -> String {
+    format!("it may have {needed} tokens in all, the model's context has {context}")
+}
+
+/// Whether a job's terms and the model's context have room for an input of so many tokens, as the model has counted them.
+pub fn fits(terms: &JobTerms, tokens: u64, context: u32) -> Result<(), (Cause, String)> {
+    let needed = paid(terms, tokens)?;
+    if needed <= context.into() { Ok(()) } else { Err((Cause::TooLong, too_long(needed, context))) }
+}
+
 /// What fees say about a job that is good otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fees {
@@ -353,22 +388,37 @@ pub enum Fees {
     TooHigh(String),
 }
 
-/// Looks at the fees of a job's claim, and of handing in its proof where it asks for one.
-pub fn fees(claim: Amount, proof: Option<&Quote>, pays: Amount, max_fee_wei: u128) -> Fees {
-    let all = Amount(claim.0.saturating_add(proof.map_or(0, |quote| quote.fee.0)));
+/// What an account may sign for. Wei.
+#[derive(Debug, Clone, Copy)]
+pub struct Purse {
+    /// In fees of one transaction.
+    pub max_fee_wei: u128,
+    /// In fees of this day, still.
+    pub today_wei: u128,
+}
+
+/// Looks at the fees of all that a job takes: its claim, its result, and its proof where it asks for one.
+pub fn fees(quotes: &[(&str, Quote)], pays: Amount, purse: Purse) -> Fees {
+    let sum = |of: fn(&Quote) -> u128| quotes.iter().fold(0u128, |sum, (_, quote)| sum.saturating_add(of(quote)));
+    let all = Amount(sum(|quote| quote.fee.0));
     if all > pays {
         return Fees::TooHigh(format!("it pays {pays} wei at most, and its fees are {all}"));
     }
     if all.0.saturating_mul(FEE_SHARE) > pays.0 {
         return Fees::High(format!("its fees are {all} wei, and it pays {pays} at most"));
     }
-    // A proof that is not signed is a bond that is lost.
-    match proof.and_then(|quote| quote.most) {
-        Some(most) if most.0 > max_fee_wei => {
-            Fees::High(format!("handing its proof in may cost up to {most} wei, and market.max_fee_wei is {max_fee_wei}"))
+    // What is not signed after the claim is a bond that is lost.
+    let Purse { max_fee_wei, today_wei } = purse;
+    for (what, quote) in quotes {
+        if let Some(most) = quote.most.filter(|most| most.0 > max_fee_wei) {
+            return Fees::High(format!("{what} may cost up to {most} wei, and market.max_fee_wei is {max_fee_wei}"));
         }
-        _ => Fees::Good,
     }
+    let most = sum(|quote| quote.most.unwrap_or(quote.fee).0);
+    if most > today_wei {
+        return Fees::High(format!("its fees may come to {most} wei, and market.daily_fee_wei leaves {today_wei} for today"));
+    }
+    Fees::Good
 }
 
 /// How long an answer may take to be made, of the time that is left. Where its tokens are traced it is read once more from beginning to
@@ -402,10 +452,11 @@ pub enum OnChain {
     },
     /// Another node's.
     Taken,
-    /// Handed in by this node; its state is over then. `owes_proof`: it is not paid without one.
+    /// Handed in by this node; its state is over then. `owes_proof`: it is not paid without one. `objected`: its arbiter rules.
     Delivered {
         until_s: u64,
         owes_proof: bool,
+        objected: bool,
     },
     Settled,
     Refunded,
@@ -428,7 +479,8 @@ pub fn compare(row: &JobRow, job: Option<&Job>, account: &str) -> OnChain {
         _ if !ours => OnChain::Taken,
         JobState::Claimed => OnChain::Ours { until_s },
         JobState::Delivered | JobState::Proven | JobState::Challenged => {
-            OnChain::Delivered { until_s, owes_proof: job.terms.proof_kind != 0 && !job.proven }
+            let objected = job.state == JobState::Challenged;
+            OnChain::Delivered { until_s, owes_proof: job.terms.proof_kind != 0 && !job.proven, objected }
         }
         JobState::Settled => OnChain::Settled,
     }
@@ -522,6 +574,8 @@ pub(crate) mod tests {
             is_in_network: Some(true),
             prices: Prices { input_per_mtok: 10, output_per_mtok: 20 },
             max_bond_wei: 5,
+            least_resolve_s: 10,
+            max_wait_s: 3600,
             now_s: NOW,
         }
     }
@@ -607,6 +661,30 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn neither_too_little_time_to_rule_nor_too_long_a_wait_for_pay_is_accepted() {
+        let arbiter = |resolve_s| {
+            let (mut row, mut node) = (row(1), node());
+            (row.terms.arbiter, row.terms.resolve_s) = ("0xab".into(), resolve_s);
+            node.arbiters = vec!["0xab".into()];
+            judge(&row, &node)
+        };
+        assert!(matches!(arbiter(9), Verdict::Decline(Cause::Arbiter, _)));
+        assert_eq!(arbiter(3540), Verdict::Take("tiny".into()));
+        assert!(matches!(arbiter(3541), Verdict::Decline(Cause::Bond, _)), "with the 60 s of the client");
+        assert_eq!(declined(|row, _| row.terms.challenge_s = 3601), Cause::Bond);
+    }
+
+    #[test]
+    fn what_the_model_counts_must_fit_the_terms_and_the_context() {
+        let terms = row(1).terms;
+        assert_eq!(fits(&terms, 100, 150), Ok(()));
+        assert_eq!(fits(&terms, 101, 500).map_err(|(cause, _)| cause), Err(Cause::TooLong));
+        assert_eq!(fits(&terms, 100, 149).map_err(|(cause, _)| cause), Err(Cause::TooLong));
+        let poor = JobTerms { max_amount: Amount(0), ..terms };
+        assert_eq!(fits(&poor, 1, 500).map_err(|(cause, _)| cause), Err(Cause::Amount));
+    }
+
+    #[test]
     fn no_more_proofs_are_promised_than_can_be_made_before_the_first_is_due() {
         // Each may take 40 s, and 30 are kept for handing it in.
         let mut node = node();
@@ -653,15 +731,24 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_fees_of_a_proof_count_before_the_claim() {
-        let proof = |fee, most| Quote { fee: Amount(fee), most, refusal: Some("not yet".into()) };
-        assert_eq!(fees(Amount(10), None, Amount(30), 100), Fees::Good);
-        assert!(matches!(fees(Amount(10), None, Amount(29), 100), Fees::High(_)));
-        assert!(matches!(fees(Amount(10), None, Amount(9), 100), Fees::TooHigh(_)));
-        assert_eq!(fees(Amount(10), Some(&proof(20, Some(Amount(100)))), Amount(90), 100), Fees::Good);
-        assert!(matches!(fees(Amount(10), Some(&proof(21, None)), Amount(90), 100), Fees::High(_)));
-        assert!(matches!(fees(Amount(10), Some(&proof(90, None)), Amount(90), 100), Fees::TooHigh(_)));
-        assert!(matches!(fees(Amount(10), Some(&proof(20, Some(Amount(101)))), Amount(90), 100), Fees::High(_)));
+    fn all_fees_of_a_job_count_before_its_claim() {
+        let quote = |fee, most| Quote { fee: Amount(fee), most, refusal: Some("not yet".into()) };
+        let purse = |today_wei| Purse { max_fee_wei: 100, today_wei };
+        let judged = |quotes: &[Quote], pays| {
+            let quotes: Vec<(&str, Quote)> = quotes.iter().map(|quote| ("it", quote.clone())).collect();
+            fees(&quotes, Amount(pays), purse(1000))
+        };
+        let claim = || quote(10, None);
+        assert_eq!(judged(&[claim()], 30), Fees::Good);
+        assert!(matches!(judged(&[claim()], 29), Fees::High(_)));
+        assert!(matches!(judged(&[claim()], 9), Fees::TooHigh(_)));
+        assert_eq!(judged(&[claim(), quote(20, Some(Amount(100)))], 90), Fees::Good);
+        assert!(matches!(judged(&[claim(), quote(21, None)], 90), Fees::High(_)));
+        assert!(matches!(judged(&[claim(), quote(90, None)], 90), Fees::TooHigh(_)));
+        assert!(matches!(judged(&[claim(), quote(20, Some(Amount(101)))], 90), Fees::High(_)));
+        let both = [("it", quote(1, Some(Amount(60)))), ("it", quote(1, Some(Amount(60))))];
+        assert_eq!(fees(&both, Amount(90), purse(120)), Fees::Good);
+        assert!(matches!(fees(&both, Amount(90), purse(119)), Fees::High(_)), "today's last claim would be signed, its result not");
     }
 
     #[test]
@@ -712,7 +799,7 @@ pub(crate) mod tests {
             attempts: 1,
             proven: false,
         };
-        let delivered = |owes_proof| OnChain::Delivered { until_s: 9, owes_proof };
+        let delivered = |owes_proof| OnChain::Delivered { until_s: 9, owes_proof, objected: false };
         assert_eq!(compare(&row, None, account), OnChain::Absent);
         assert_eq!(compare(&row, Some(&job(JobState::Open, None)), account), OnChain::Open);
         assert_eq!(compare(&row, Some(&job(JobState::Claimed, Some("0xaB"))), account), OnChain::Ours { until_s: 9 });
