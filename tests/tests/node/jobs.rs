@@ -177,8 +177,8 @@ async fn jobs_that_are_not_worth_taking_are_left_and_why_tells_the_cause_of_each
         ("too_long", Job { max_in: 1, ..good.clone() }),
         ("time", Job { deliver_secs: 20, ..good.clone() }),
         ("amount", Job { max_amount: 1_000_000, ..good.clone() }),
-        // More than a claim costs, and less than claim and result do.
-        ("fee", Job { max_amount: 200_000_000_000_000, ..good.clone() }),
+        // More than all of its fees, and less than three times as much.
+        ("fee", Job { max_amount: 1_000_000_000_000_000, ..good.clone() }),
     ];
     clients.name_verifier(OWNER).await;
     let mut posted = vec![("proof", clients.post(CLIENT, &Job { proof_kind: 1, ..good.clone() }).await)];

@@ -32,7 +32,7 @@ async fn a_file_of_one_node_is_read_on_another_and_not_without_leave() {
     let storage = |arguments: &[&str]| reader.run(&[&["storage"], arguments, &["--plugin", "s5-node"]].concat());
     assert_eq!(storage(&["get", &id]).out, "what the other one wants");
     let refusal = |id: &str| {
-        let ran = storage(&["get", id, "--json"]);
+        let ran = storage(&["get", id, "-o", "out", "--json"]);
         assert_eq!(ran.code, 1, "{ran:#?}");
         ran.json()["error"]["code"].as_str().expect("a code").to_owned()
     };

@@ -20,7 +20,7 @@ const MOST: usize = 10_000;
 /// How long an order that was not carried out is left alone. Seconds.
 const REST_S: u64 = 600;
 /// How often an arbiter is asked whether it rules. Seconds.
-const RULING_S: u64 = 30;
+const RULING_S: u64 = 10;
 
 #[derive(Default)]
 pub(super) struct Due {
