@@ -176,13 +176,13 @@ impl Store {
         self.verdicts.set(id, stamp, sound);
     }
 
-    /// Makes the folders above a blob such that they survive a power cut. A delete may remove them again while they are empty.
-    fn make_folders(&self, path: &Path) -> io::Result<()> {
-        let Some(folder) = path.parent() else { return Ok(()) };
-        fs::create_dir_all(folder)?;
-        // Synced even if they were there: another put may have made them a moment ago and not have come to this line.
-        for above in folder.ancestors().skip(1) {
-            sync_folder(above)?;
+    /// Makes the name of a blob survive a power cut, with the folders above it, unless a delete removes them again.
+    fn sync_name(&self, path: &Path) -> io::Result<()> {
+        for above in path.ancestors().skip(1) {
+            match sync_folder(above) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                synced => synced?,
+            }
             if above == self.root {
                 break;
             }

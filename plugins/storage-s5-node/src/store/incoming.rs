@@ -10,7 +10,7 @@ use s5_core::Hash;
 use tempfile::{Builder, NamedTempFile};
 
 use super::space::{Room, free};
-use super::{Found, INCOMING, Id, Reader, Result, Stamp, Store, is_whole, sync_folder};
+use super::{Found, INCOMING, Id, Reader, Result, Stamp, Store, is_whole};
 use crate::error::{NodeError, is_full};
 
 /// How often folders are made anew that a delete removes at the same moment.
@@ -70,8 +70,8 @@ impl Store {
 
     fn persist(&self, mut file: NamedTempFile, path: &Path, room: Room) -> io::Result<()> {
         for _ in 0..TRIES {
-            match self.make_folders(path) {
-                // One that was there a moment ago is gone.
+            match path.parent().map_or(Ok(()), fs::create_dir_all) {
+                // A delete has found one of them empty.
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => continue,
                 made => made?,
             }
@@ -82,7 +82,7 @@ impl Store {
                 Ok(_) => {
                     room.keep(&mut space, replaced);
                     drop(space);
-                    return sync_name(path);
+                    return self.sync_name(path);
                 }
                 Err(refused) if refused.error.kind() == io::ErrorKind::NotFound => file = refused.file,
                 Err(refused) => return Err(refused.error),
@@ -93,11 +93,11 @@ impl Store {
 
     /// Makes a blob survive a power cut that was found there.
     fn sync_found(&self, path: &Path) -> io::Result<()> {
-        match File::open(path).and_then(|file| file.sync_all()).and_then(|()| self.make_folders(path)) {
-            Ok(()) => sync_name(path),
+        match File::open(path).and_then(|file| file.sync_all()) {
             // It was deleted a moment later.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
+            Ok(()) => self.sync_name(path),
         }
     }
 
@@ -106,14 +106,6 @@ impl Store {
             true => NodeError::DiskFull { needed, free: free(&self.root), dir: self.root.clone() },
             false => NodeError::io("write in", &self.root)(error),
         }
-    }
-}
-
-/// Makes the name of a blob survive a power cut, unless it was deleted a moment later.
-fn sync_name(path: &Path) -> io::Result<()> {
-    match path.parent().map_or(Ok(()), sync_folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        synced => synced,
     }
 }
 
