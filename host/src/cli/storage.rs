@@ -54,8 +54,9 @@ enum Action {
     /// Fetches a blob by its id.
     ///
     /// Into a file it comes by way of FILE.part, from which the same command goes on after an interruption; FILE is there once all of it
-    /// has the id. storage-s5 fetches a blob that it has neither put nor read before whole before it gives its first byte: an interruption
-    /// before that begins anew. To standard output it comes as it is read: look at the exit code before you act on it.
+    /// has the id. storage-s5, for a blob that it has neither put nor read before, and storage-s5-node, for one of another node, fetch it
+    /// whole before they give its first byte, the latter each time: an interruption before that begins anew. To standard output it comes as
+    /// it is read: look at the exit code before you act on it.
     Get {
         /// The id that `put` printed: 64 hexadecimal digits.
         id: String,

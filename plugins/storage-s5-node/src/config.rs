@@ -13,6 +13,7 @@ use iroh::EndpointId;
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// The address and UDP port that this node has towards others, and asks them from. Port 0 takes a free one, another at each start.
+    /// While another program has the port, others are asked from a free one, and nobody is served.
     /// Default: `"127.0.0.1:0"`, which reaches this machine alone. Example: `"0.0.0.0:5051"`.
     pub listen: Option<String>,
     /// Other S5 nodes, which are asked for blobs and pointers that are not here. Default: none.
@@ -21,8 +22,8 @@ pub struct Config {
     /// Whether everybody who reaches this node may read the blobs that are kept here, by their ids, and the pointers.
     /// Default: `false`. Example: `true`.
     pub serve_public: bool,
-    /// Node ids, or S5 access keys, of those who may read the blobs and the pointers here, and store pointers that are signed by their keys:
-    /// 64 hexadecimal digits each. Default: none. Example: `["ae58ff8833241ac82d6ff7611046ed67b5072d142c588d0063e942d9a75502b6"]`.
+    /// Node ids of those who may read the blobs and the pointers here, and store pointers: 64 hexadecimal digits each. Default: none.
+    /// Example: `["ae58ff8833241ac82d6ff7611046ed67b5072d142c588d0063e942d9a75502b6"]`.
     pub allow: Vec<String>,
     /// How long another node has to let this one in, to answer, and to send a MiB, in milliseconds, 100 to 600000: then the next one is
     /// asked. Default: `10000`. Example: `3000`.
@@ -30,8 +31,8 @@ pub struct Config {
     /// The folder that holds the blobs; made if it is missing. A relative path starts at the instance's own state folder.
     /// Default: `blobs`. Example: `"/var/lib/fabstir/s5"`.
     pub dir: Option<PathBuf>,
-    /// The most bytes that all blobs together may take, those on their way included. Default: no limit but the disk.
-    /// Example: `107374182400` (100 GiB).
+    /// The most bytes that all blobs together may take, those on their way included. Default: no limit but the disk, of which 1 GiB stays
+    /// free, or a tenth of a smaller one. Example: `107374182400` (100 GiB).
     pub max_bytes: Option<u64>,
 }
 

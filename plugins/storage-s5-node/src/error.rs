@@ -37,10 +37,16 @@ pub enum NodeError {
     /// Whoever has it sends something else.
     #[error("blob {id} cannot be fetched: {why}")]
     Wrong { id: Id, why: String },
-    #[error("the disk is full: {needed} bytes or more would have to go to {}: free some space, or set `dir` to a larger disk", dir.display())]
-    DiskFull { needed: u64, dir: PathBuf },
+    #[error(
+        "the disk is full: {needed} bytes or more would have to go to {}, {free} are free there, and 1 GiB or a tenth of the disk stays so: \
+         free some space, or set `dir` to a larger disk",
+        dir.display()
+    )]
+    DiskFull { needed: u64, free: u64, dir: PathBuf },
     #[error("{needed} bytes or more would have to be kept, {used} of `max_bytes` {max} are in use: delete blobs or raise it")]
     QuotaFull { needed: u64, used: u64, max: u64 },
+    #[error("{doing} failed: {why}")]
+    WrongEntry { doing: &'static str, why: String },
     /// Later they may answer.
     #[error("{doing} failed: {why}")]
     Peers { doing: &'static str, why: String },
@@ -91,7 +97,7 @@ impl From<NodeError> for PluginError {
             | NodeError::Record(_)
             | NodeError::OldRevision { .. } => Code::InvalidArgument,
             NodeError::NotKept(_) | NodeError::NotFound(_) | NodeError::NoPointer(_) => Code::NotFound,
-            NodeError::Corrupt { .. } | NodeError::Wrong { .. } => Code::Corrupt,
+            NodeError::Corrupt { .. } | NodeError::Wrong { .. } | NodeError::WrongEntry { .. } => Code::Corrupt,
             NodeError::DiskFull { .. } | NodeError::QuotaFull { .. } | NodeError::Registry { full: true, .. } => Code::Full,
             NodeError::Peers { .. } | NodeError::Ended => Code::Unavailable,
             NodeError::Refused { .. } => Code::Denied,

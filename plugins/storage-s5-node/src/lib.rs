@@ -8,9 +8,9 @@
 //! peers      other nodes: what they have, and what they send
 //! ```
 //!
-//! The protocols, the registry and the server are those of s5-rs, over iroh. This crate adds what a store must promise that others rely
-//! on: that a blob is on the disk when a put returns, that what a node sends is checked before anybody sees it, and that nobody is asked,
-//! told or let in whom the operator has not named.
+//! The protocols and the forms on the disk are those of s5-rs, over iroh. This crate adds what a store must promise that others rely on:
+//! that a blob is on the disk when a put returns, that what a node sends is checked before anybody sees it, that nobody is asked or let in
+//! whom the operator has not named, and that whoever is let in can take so much and no more.
 
 mod config;
 mod error;

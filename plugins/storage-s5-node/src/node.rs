@@ -2,16 +2,15 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fabstir_plugin_api::plugin::Health;
 use iroh::endpoint::{BindError, NetReportConfig, PortmapperConfig, presets};
-use iroh::protocol::Router;
 use iroh::{Endpoint, RelayMode, SecretKey};
 use parking_lot::Mutex;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -20,7 +19,7 @@ use crate::config::Settings;
 use crate::error::NodeError;
 use crate::peers::Peers;
 use crate::registry::Registry;
-use crate::serving::serve;
+use crate::serving::{Serving, transport};
 use crate::store::{Store, blocking};
 
 /// How often an address that another instance still has is tried.
@@ -36,34 +35,30 @@ pub struct Node {
     pub registry: Arc<Registry>,
     pub peers: Peers,
     online: Online,
+    /// What other nodes were asked from before the address was free. What runs there may end there.
+    aside: Option<Endpoint>,
     /// Waits for the address to be free, where it was not.
     waiting: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// Whether there is an endpoint.
+/// Where other nodes are asked from.
 #[derive(Debug, Clone)]
-pub struct Online(watch::Receiver<State>);
+pub struct Online(Arc<Mutex<State>>);
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 enum State {
-    /// Why it is not, and will be.
-    Waiting(String),
-    Up(Router),
+    /// Another port, where nobody is served, and why.
+    Aside(String, Endpoint),
+    Up(Arc<Serving>),
+    Ended,
 }
 
 impl Online {
-    /// The endpoint, as soon as there is one.
-    pub async fn endpoint(&self, limit: Duration) -> Result<Endpoint, NodeError> {
-        let mut state = self.0.clone();
-        let known = timeout(limit, state.wait_for(|state| !matches!(state, State::Waiting(_)))).await;
-        match known.map(|state| state.map(|state| state.clone())) {
-            Ok(Ok(State::Up(router))) => Ok(router.endpoint().clone()),
-            Err(_) => match &*self.0.borrow() {
-                State::Waiting(why) => Err(NodeError::Peers { doing: "asking other nodes", why: why.clone() }),
-                State::Up(router) => Ok(router.endpoint().clone()),
-            },
-            // Whoever waited for the address was told to stop.
-            Ok(_) => Err(NodeError::Ended),
+    pub fn endpoint(&self) -> Result<Endpoint, NodeError> {
+        match &*self.0.lock() {
+            State::Aside(_, endpoint) => Ok(endpoint.clone()),
+            State::Up(serving) => Ok(serving.endpoint.clone()),
+            State::Ended => Err(NodeError::Ended),
         }
     }
 }
@@ -76,27 +71,29 @@ impl Node {
         let (folder, max) = (settings.folder.clone(), settings.max_bytes);
         let store = blocking(move || Store::open(&folder, max)).await?;
         let registry = Arc::new(Registry::new(&state_dir.join("registry")));
-        let (state, online) = watch::channel(State::Waiting(String::new()));
-        let online = Online(online);
-        let peers = Peers::new(&settings, secret.clone(), online.clone());
-        let begin = Begin { settings, secret, store: store.clone(), registry: registry.clone(), state };
-        let waiting = match begin.listen().await {
-            Ok(()) => None,
+        let begin = Begin { settings, secret, store: store.clone(), registry: registry.clone() };
+        let listen = begin.settings.listen;
+        let (state, aside) = match begin.listen().await {
+            Ok(serving) => (State::Up(serving), None),
             Err(error) if is_taken(&error) => {
-                warn!(listen = %begin.settings.listen, "The address is in use: the node is not reachable until it is free.");
-                begin.state.send_replace(State::Waiting(format!("the address {} is in use", begin.settings.listen)));
-                Some(tokio::spawn(begin.keep_trying()))
+                warn!(%listen, "The address is in use: nobody is served until it is free, and others are asked from another port.");
+                let aside = begin.bind(SocketAddr::new(listen.ip(), 0)).await.map_err(|error| begin.failed(&error))?;
+                (State::Aside(format!("the address {listen} is in use"), aside.clone()), Some(aside))
             }
             Err(error) => return Err(begin.failed(&error)),
         };
-        Ok(Self { store, registry, peers, online, waiting: Mutex::new(waiting) })
+        let online = Online(Arc::new(Mutex::new(state)));
+        let peers = Peers::new(&begin.settings, begin.secret.clone(), online.clone());
+        let waiting = aside.is_some().then(|| tokio::spawn(begin.keep_trying(online.clone())));
+        Ok(Self { store, registry, peers, online, aside, waiting: Mutex::new(waiting) })
     }
 
     pub fn health(&self) -> Health {
-        match &*self.online.0.borrow() {
-            State::Waiting(why) => Health::Degraded { reason: format!("{why}, so no other node can be asked or answered") },
-            State::Up(router) if router.endpoint().is_closed() => Health::Failed { reason: "the endpoint has closed".into() },
+        match &*self.online.0.lock() {
+            State::Aside(why, _) => Health::Degraded { reason: format!("{why}, so other nodes are asked, and not answered") },
+            State::Up(serving) if serving.endpoint.is_closed() => Health::Failed { reason: "the endpoint has closed".into() },
             State::Up(_) => Health::Ready,
+            State::Ended => Health::Failed { reason: "the node has ended".into() },
         }
     }
 
@@ -105,25 +102,35 @@ impl Node {
         let waiting = self.waiting.lock().take();
         if let Some(task) = waiting {
             task.abort();
+            // It may be about to begin to serve.
+            let _ = task.await;
         }
-        let state = self.online.0.borrow().clone();
-        if let State::Up(router) = state
-            && !matches!(timeout(FAREWELL, router.shutdown()).await, Ok(Ok(())))
-        {
+        let state = std::mem::replace(&mut *self.online.0.lock(), State::Ended);
+        let aside = async {
+            if let Some(aside) = &self.aside {
+                aside.close().await;
+            }
+        };
+        let serving = async {
+            if let State::Up(serving) = state {
+                serving.end().await;
+            }
+        };
+        if timeout(FAREWELL, async { tokio::join!(aside, serving) }).await.is_err() {
             warn!("Some connections did not end in time.");
         }
-        self.registry.close().await;
+        self.registry.close();
     }
 
     #[cfg(test)]
-    pub async fn endpoint(&self) -> Endpoint {
-        self.online.endpoint(Duration::from_secs(10)).await.expect("is up")
+    pub fn endpoint(&self) -> Endpoint {
+        self.online.endpoint().expect("is up")
     }
 
     /// The node's id, and where it listens.
     #[cfg(test)]
-    pub async fn address(&self) -> (String, std::net::SocketAddr) {
-        let endpoint = self.endpoint().await;
+    pub fn address(&self) -> (String, SocketAddr) {
+        let endpoint = self.endpoint();
         (endpoint.id().to_string(), endpoint.bound_sockets()[0])
     }
 }
@@ -134,36 +141,49 @@ struct Begin {
     secret: SecretKey,
     store: Arc<Store>,
     registry: Arc<Registry>,
-    state: watch::Sender<State>,
 }
 
 impl Begin {
-    /// Listens on the configured address and no other, and tells nobody of it: no relays, no name servers, no port forwarding.
-    async fn listen(&self) -> Result<(), BindError> {
-        let endpoint = Endpoint::builder(presets::Minimal)
+    /// Listens on the configured address and no other.
+    async fn listen(&self) -> Result<Arc<Serving>, BindError> {
+        let endpoint = self.bind(self.settings.listen).await?;
+        let address = endpoint.bound_sockets().first().copied();
+        info!(node = %endpoint.id(), address = address.map(tracing::field::display), "The S5 node is up.");
+        Ok(Arc::new(Serving::begin(endpoint, &self.settings, &self.store, &self.registry)))
+    }
+
+    /// An endpoint that tells nobody of itself: no relays, no name servers, no port forwarding.
+    async fn bind(&self, address: SocketAddr) -> Result<Endpoint, BindError> {
+        Endpoint::builder(presets::Minimal)
             .secret_key(self.secret.clone())
             .relay_mode(RelayMode::Disabled)
             .portmapper_config(PortmapperConfig::Disabled)
             .net_report_config(NetReportConfig::minimal())
+            .transport_config(transport())
             .clear_ip_transports()
-            .bind_addr(self.settings.listen)
+            .bind_addr(address)
             .expect("a socket address is one")
             .bind()
-            .await?;
-        let address = endpoint.bound_sockets().first().copied();
-        info!(node = %endpoint.id(), address = address.map(tracing::field::display), "The S5 node is up.");
-        let router = serve(Router::builder(endpoint), &self.settings, &self.store, &self.registry);
-        self.state.send_replace(State::Up(router));
-        Ok(())
+            .await
     }
 
-    async fn keep_trying(self) {
+    async fn keep_trying(self, online: Online) {
+        let mut told = String::new();
         loop {
             tokio::time::sleep(RETRY).await;
             match self.listen().await {
-                Ok(()) => return,
+                Ok(serving) => {
+                    *online.0.lock() = State::Up(serving);
+                    return;
+                }
                 Err(error) if is_taken(&error) => {}
-                Err(error) => warn!(error = %self.failed(&error), "Still not reachable."),
+                Err(error) => {
+                    let why = self.failed(&error).to_string();
+                    if why != told {
+                        warn!(error = why, "Still not reachable.");
+                        told = why;
+                    }
+                }
             }
         }
     }

@@ -57,17 +57,22 @@ pub fn entry(pointer: &Pointer) -> Result<StreamMessage, RecordError> {
 
 /// The pointer that an entry is, if it is one under this key. Whoever has made a [`StreamMessage`] has checked its signature.
 pub fn pointer(key: &str, entry: &StreamMessage) -> Option<Pointer> {
-    // The signature covers neither the type of a message nor, for our purpose, more than a hash.
-    let is_ours = entry.type_id == MessageType::Registry
-        && place(key) == Ok(entry.key)
-        && entry.revision < REVISIONS
-        && entry.data.is_none();
-    is_ours.then(|| Pointer {
+    let is_this = is_pointer(entry) && place(key) == Ok(entry.key);
+    is_this.then(|| Pointer {
         key: key.to_owned(),
         revision: entry.revision,
         data: entry.hash.as_bytes().to_vec(),
         signature: entry.signature.to_vec(),
     })
+}
+
+/// Whether an entry is a pointer, under whatever key.
+pub fn is_pointer(entry: &StreamMessage) -> bool {
+    // The signature covers neither the type of a message nor, for our purpose, more than a hash.
+    entry.type_id == MessageType::Registry
+        && matches!(entry.key, StreamKey::Vault { vault_id: VAULT, .. })
+        && entry.revision < REVISIONS
+        && entry.data.is_none()
 }
 
 fn hash(pointer: &Pointer) -> Result<[u8; 32], RecordError> {

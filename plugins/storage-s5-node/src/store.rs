@@ -5,9 +5,10 @@
 
 mod incoming;
 mod reading;
+mod space;
 mod taking;
+mod verdicts;
 
-use std::collections::HashSet;
 use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -25,8 +26,12 @@ use tracing::info;
 use crate::error::NodeError;
 
 pub use incoming::{Incoming, Whole};
-pub use reading::{Folders, Reader, is_whole};
+pub use reading::{Folders, Opened, Reader, is_whole};
 pub use taking::Taking;
+pub use verdicts::Stamp;
+
+use space::Space;
+use verdicts::Verdicts;
 
 pub type Result<T, E = NodeError> = std::result::Result<T, E>;
 
@@ -82,10 +87,8 @@ pub struct Store {
     root: PathBuf,
     features: StoreFeatures,
     max: Option<u64>,
-    /// Bytes of blobs, those on their way included. Counted only where there is a most.
-    used: Mutex<u64>,
-    /// Folders of blobs that are known to survive a power cut.
-    durable: Mutex<HashSet<PathBuf>>,
+    space: Mutex<Space>,
+    verdicts: Verdicts,
 }
 
 impl Store {
@@ -95,26 +98,30 @@ impl Store {
             let folder = root.join(name);
             fs::create_dir_all(&folder).map_err(NodeError::io("make the folder", &folder))?;
         }
+        sync_folder(root).map_err(NodeError::io("sync the folder", root))?;
+        if let Some(above) = root.parent() {
+            match sync_folder(above) {
+                // Then it was not made here.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                synced => synced.map_err(NodeError::io("sync the folder", above))?,
+            }
+        }
         let incoming = root.join(INCOMING);
         let removed = remove_leftovers(&incoming).map_err(NodeError::io("clear", &incoming))?;
         if removed > 0 {
             info!(removed, "Removed unfinished puts that a crash had left.");
         }
         let features = LocalStore::new(root).features();
-        let store = Self { root: root.to_owned(), features, max, used: Mutex::new(0), durable: Mutex::default() };
+        let store = Self { root: root.to_owned(), features, max, space: Mutex::default(), verdicts: Verdicts::default() };
         if max.is_some() {
-            let mut used = 0;
+            let mut stored = 0;
             let mut folders = store.folders()?;
             while let Some(blobs) = folders.next_blobs()? {
-                used += blobs.iter().map(|blob| blob.size).sum::<u64>();
+                stored += blobs.iter().map(|blob| blob.size).sum::<u64>();
             }
-            *store.used.lock() = used;
+            store.space.lock().stored = stored;
         }
         Ok(Arc::new(store))
-    }
-
-    pub fn root(&self) -> &Path {
-        &self.root
     }
 
     /// The file of a blob, whether it is there or not.
@@ -136,16 +143,22 @@ impl Store {
     pub fn delete(&self, id: Id) -> Result<bool> {
         let path = self.path(id);
         let removed = {
-            let mut used = self.used.lock();
+            let mut space = self.space.lock();
             match fs::metadata(&path).and_then(|found| fs::remove_file(&path).map(|()| found.len())) {
-                Ok(size) => *used = used.saturating_sub(size),
+                Ok(size) => space.stored = space.stored.saturating_sub(size),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
                 Err(error) => return Err(NodeError::io("remove", &path)(error)),
             }
             path.parent()
         };
-        // The folders stay, even when empty: a put may be about to rename into them.
-        removed.map_or(Ok(()), |folder| sync_folder(folder).map_err(NodeError::io("sync the folder", folder)))?;
+        if let Some(folder) = removed {
+            match sync_folder(folder) {
+                // Another delete has found it empty.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                synced => synced.map_err(NodeError::io("sync the folder", folder))?,
+            }
+            self.remove_empty(folder);
+        }
         Ok(true)
     }
 
@@ -154,21 +167,37 @@ impl Store {
         Folders::of(&self.root.join(BLOBS), self.features)
     }
 
-    /// Makes the folders above a blob such that they survive a power cut.
-    fn make_folders(&self, path: &Path) -> io::Result<()> {
-        let Some(folder) = path.parent() else { return Ok(()) };
-        if !self.durable.lock().contains(folder) {
-            fs::create_dir_all(folder)?;
-            // Synced even if they were there: another put may have made them a moment ago and not have come to this line.
-            for above in folder.ancestors().skip(1) {
-                sync_folder(above)?;
-                if above == self.root {
-                    break;
-                }
+    /// Whether a file has the bytes of a blob, where that is known without reading it again.
+    pub fn verdict(&self, id: Id, stamp: Stamp) -> Option<bool> {
+        self.verdicts.get(id, stamp)
+    }
+
+    pub fn remember(&self, id: Id, stamp: Stamp, sound: bool) {
+        self.verdicts.set(id, stamp, sound);
+    }
+
+    /// Makes the name of a blob survive a power cut, with the folders above it, unless a delete removes them again.
+    fn sync_name(&self, path: &Path) -> io::Result<()> {
+        for above in path.ancestors().skip(1) {
+            match sync_folder(above) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                synced => synced?,
             }
-            self.durable.lock().insert(folder.to_owned());
+            if above == self.root {
+                break;
+            }
         }
         Ok(())
+    }
+
+    /// Removes folders that have become empty: nearly every blob has some of its own.
+    fn remove_empty(&self, folder: &Path) {
+        let top = self.root.join(BLOBS);
+        for folder in folder.ancestors().take_while(|folder| **folder != top) {
+            if fs::remove_dir(folder).is_err() {
+                return;
+            }
+        }
     }
 }
 

@@ -46,7 +46,7 @@ impl Instance {
 
     /// Its node id, and where it listens.
     async fn address(&self) -> (String, SocketAddr) {
-        self.s5.node.address().await
+        self.s5.node.address()
     }
 
     async fn id(&self) -> String {
@@ -95,6 +95,17 @@ impl Instance {
     async fn listed(&self) -> usize {
         self.s5.list(&Cx::new()).await.expect("a list").collect().await.expect("a list").len()
     }
+}
+
+/// Waits for the address of an instance to be free, if it is not.
+async fn wait_until_ready(s5: &S5Node) {
+    for _ in 0..600 {
+        if s5.health().await == Health::Ready {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    panic!("{:?}", s5.health().await);
 }
 
 /// A node that lets another one in, and that other one, which asks it.

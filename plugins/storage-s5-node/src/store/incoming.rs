@@ -1,6 +1,6 @@
 //! How a blob comes in: hashed while it is written, under a name of its own, renamed once it is whole and on the disk.
 
-use std::fs::{self, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -9,8 +9,12 @@ use std::sync::Arc;
 use s5_core::Hash;
 use tempfile::{Builder, NamedTempFile};
 
-use super::{Found, INCOMING, Id, Reader, Result, Store, is_whole, sync_folder};
+use super::space::{Room, free};
+use super::{Found, INCOMING, Id, Reader, Result, Stamp, Store, is_whole};
 use crate::error::{NodeError, is_full};
+
+/// How often folders are made anew that a delete removes at the same moment.
+const TRIES: usize = 20;
 
 /// A blob that is being written. Dropping it removes what was written.
 #[derive(Debug)]
@@ -32,18 +36,11 @@ pub struct Whole {
     room: Room,
 }
 
-/// Room that a blob takes while it is on its way. It is free again when this goes.
-#[derive(Debug)]
-struct Room {
-    store: Arc<Store>,
-    bytes: u64,
-}
-
 impl Store {
     /// Begins to take a blob. `expect` and `size` are what is said about the bytes to come.
     pub fn begin(self: &Arc<Self>, expect: Option<Id>, size: Option<u64>) -> Result<Incoming> {
-        let mut room = Room { store: self.clone(), bytes: 0 };
-        room.grow(size.unwrap_or(0))?;
+        let mut room = Room::new(self);
+        room.reach(size.unwrap_or(0))?;
         let folder = self.root.join(INCOMING);
         let file = create(&folder).map_err(|error| self.failed(size.unwrap_or(0), error))?;
         Ok(Incoming { file, hasher: blake3::Hasher::new(), size: 0, expect, expected_size: size, room })
@@ -51,38 +48,62 @@ impl Store {
 
     /// Keeps a blob: afterwards it survives a power cut. `still_wanted` is asked at the last moment.
     pub fn keep(self: &Arc<Self>, whole: Whole, still_wanted: impl FnOnce() -> bool) -> Result<Found> {
-        let Whole { id, size, file, mut room } = whole;
+        let Whole { id, size, file, room } = whole;
         let path = self.path(id);
-        let found = Found { id, size };
-        let sync = |path: &Path| path.parent().map_or(Ok(()), sync_folder).map_err(|error| self.failed(size, error));
+        let failed = |error| self.failed(size, error);
         // A damaged one counts as absent, so that the put repairs it.
         if is_whole(&path, id).is_ok_and(|whole| whole) {
-            // The put that stored it may not have come this far yet.
-            sync(&path)?;
-            return Ok(found);
-        }
-        file.as_file().sync_all().and_then(|()| self.make_folders(&path)).map_err(|error| self.failed(size, error))?;
-        if !still_wanted() {
-            return Err(NodeError::Cancelled);
-        }
-        {
-            let mut used = self.used.lock();
-            // What the rename replaces: a damaged blob, or one that another put stored a moment ago.
-            let replaced = fs::metadata(&path).map_or(0, |file| file.len());
-            file.persist(&path).map_err(|refused| self.failed(size, refused.error))?;
-            if self.max.is_some() {
-                *used = used.saturating_sub(replaced);
+            // The put that stored it may not have come this far yet, or it was another program's, which forces nothing to the disk.
+            self.sync_found(&path).map_err(failed)?;
+        } else {
+            file.as_file().sync_all().map_err(failed)?;
+            if !still_wanted() {
+                return Err(NodeError::Cancelled);
             }
-            // The room is the blob's from now on.
-            room.bytes = 0;
+            self.persist(file, &path, room).map_err(failed)?;
         }
-        sync(&path)?;
-        Ok(found)
+        if let Ok(file) = fs::metadata(&path) {
+            self.remember(id, Stamp::of(&file), true);
+        }
+        Ok(Found { id, size })
+    }
+
+    fn persist(&self, mut file: NamedTempFile, path: &Path, room: Room) -> io::Result<()> {
+        for _ in 0..TRIES {
+            match path.parent().map_or(Ok(()), fs::create_dir_all) {
+                // A delete has found one of them empty.
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => continue,
+                made => made?,
+            }
+            let mut space = self.space.lock();
+            // What the rename replaces: a damaged blob, or one that another put stored a moment ago.
+            let replaced = fs::metadata(path).map_or(0, |file| file.len());
+            match file.persist(path) {
+                Ok(_) => {
+                    room.keep(&mut space, replaced);
+                    drop(space);
+                    return self.sync_name(path);
+                }
+                Err(refused) if refused.error.kind() == io::ErrorKind::NotFound => file = refused.file,
+                Err(refused) => return Err(refused.error),
+            }
+        }
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    /// Makes a blob survive a power cut that was found there.
+    fn sync_found(&self, path: &Path) -> io::Result<()> {
+        match File::open(path).and_then(|file| file.sync_all()) {
+            // It was deleted a moment later.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => self.sync_name(path),
+        }
     }
 
     fn failed(&self, needed: u64, error: io::Error) -> NodeError {
         match is_full(&error) {
-            true => NodeError::DiskFull { needed, dir: self.root.clone() },
+            true => NodeError::DiskFull { needed, free: free(&self.root), dir: self.root.clone() },
             false => NodeError::io("write in", &self.root)(error),
         }
     }
@@ -95,8 +116,9 @@ impl Incoming {
         if let Some(expected) = self.expected_size.filter(|&expected| size > expected) {
             return Err(NodeError::TooMany { expected, actual: size });
         }
-        self.room.grow(size.saturating_sub(self.room.bytes))?;
+        self.room.reach(size)?;
         self.file.as_file_mut().write_all(piece).map_err(|error| self.room.store.failed(size, error))?;
+        self.room.wrote(piece.len() as u64);
         self.hasher.update(piece);
         self.size = size;
         Ok(())
@@ -122,29 +144,6 @@ impl Whole {
         let path = self.file.path().to_owned();
         let file = self.file.reopen().map_err(NodeError::io("read", &path))?;
         Reader::new(self.id, file, &path, offset, length).map(|reader| reader.holding(Box::new(self)))
-    }
-}
-
-impl Room {
-    fn grow(&mut self, bytes: u64) -> Result<()> {
-        if let Some(max) = self.store.max {
-            let mut used = self.store.used.lock();
-            if used.saturating_add(bytes) > max {
-                return Err(NodeError::QuotaFull { needed: self.bytes.saturating_add(bytes), used: *used - self.bytes, max });
-            }
-            *used += bytes;
-        }
-        self.bytes = self.bytes.saturating_add(bytes);
-        Ok(())
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        if self.store.max.is_some() {
-            let mut used = self.store.used.lock();
-            *used = used.saturating_sub(self.bytes);
-        }
     }
 }
 

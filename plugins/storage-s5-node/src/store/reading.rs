@@ -9,7 +9,7 @@ use s5_core::Hash;
 use s5_core::blob::paths;
 use s5_core::store::StoreFeatures;
 
-use super::{BLOBS, Found, Id, PIECE, Result, Store};
+use super::{BLOBS, Found, Id, PIECE, Result, Stamp, Store};
 use crate::error::NodeError;
 
 /// A read that has begun. The blob may be deleted meanwhile: the bytes still come.
@@ -24,13 +24,36 @@ pub struct Reader {
     _held: Option<Box<dyn Any + Send>>,
 }
 
+/// The file of a blob.
+#[derive(Debug)]
+pub struct Opened {
+    pub stamp: Stamp,
+    pub size: u64,
+    id: Id,
+    file: File,
+    path: PathBuf,
+}
+
+impl Opened {
+    /// Begins a read of `length` bytes from `offset`, or of all that follow.
+    pub fn read(self, offset: u64, length: Option<u64>) -> Result<Reader> {
+        Reader::new(self.id, self.file, &self.path, offset, length)
+    }
+}
+
 impl Store {
     /// Begins a read of `length` bytes from `offset`, or of all that follow.
     pub fn read(&self, id: Id, offset: u64, length: Option<u64>) -> Result<Reader> {
+        self.open_file(id)?.ok_or(NodeError::NotKept(id))?.read(offset, length)
+    }
+
+    /// The file of a blob, if it is there.
+    pub fn open_file(&self, id: Id) -> Result<Option<Opened>> {
         let path = self.path(id);
-        match File::open(&path) {
-            Ok(file) => Reader::new(id, file, &path, offset, length),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(NodeError::NotKept(id)),
+        let opened = File::open(&path).and_then(|file| file.metadata().map(|about| (file, about)));
+        match opened {
+            Ok((file, about)) => Ok(Some(Opened { stamp: Stamp::of(&about), size: about.len(), id, file, path })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(NodeError::io("read", &path)(error)),
         }
     }
@@ -47,6 +70,11 @@ impl Reader {
         // A read of no bytes says nothing of the blob, unless it has none.
         let hasher = (left == size).then(blake3::Hasher::new);
         Ok(Self { file, path: path.to_owned(), id, left, hasher, _held: None })
+    }
+
+    /// Does not hash what is known to be right.
+    pub fn trusting(self) -> Self {
+        Self { hasher: None, ..self }
     }
 
     pub(super) fn holding(self, held: Box<dyn Any + Send>) -> Self {

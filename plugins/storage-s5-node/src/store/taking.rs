@@ -22,6 +22,10 @@ impl<B: AsRef<[u8]> + Send + 'static> Taking<B> {
     }
 
     pub async fn write(mut self, piece: B) -> Result<Self> {
+        // Any number of them would be gathered.
+        if piece.as_ref().is_empty() {
+            return Ok(self);
+        }
         self.bytes += piece.as_ref().len();
         self.gathered.push(piece);
         if self.bytes < GATHER { Ok(self) } else { blocking(move || self.flush()).await }
@@ -29,6 +33,11 @@ impl<B: AsRef<[u8]> + Send + 'static> Taking<B> {
 
     pub async fn finish(self) -> Result<Whole> {
         blocking(move || self.flush()?.take().finish()).await
+    }
+
+    #[cfg(test)]
+    pub fn gathered(&self) -> usize {
+        self.gathered.len()
     }
 
     fn flush(mut self) -> Result<Self> {

@@ -77,10 +77,14 @@ fn quota_counts_what_is_kept_and_what_is_on_its_way() {
     // The same once more takes room only while it comes.
     assert!(matches!(put(&store, &[1; 60], None), Err(NodeError::QuotaFull { .. })));
     put(&store, &[1; 10], None).unwrap();
-    assert_eq!(*store.used.lock(), 70);
+    let counted = |store: &Store| {
+        let space = store.space.lock();
+        (space.stored, space.coming)
+    };
+    assert_eq!(counted(&store), (70, 0));
     assert!(store.delete(kept.id).unwrap() && !store.delete(kept.id).unwrap());
-    assert_eq!(*open(&dir, Some(100)).used.lock(), 10, "what is there is counted at the start");
-    assert_eq!(*store.used.lock(), 10);
+    assert_eq!(open(&dir, Some(100)).space.lock().stored, 10, "what is there is counted at the start");
+    assert_eq!(store.space.lock().stored, 10);
 }
 
 #[test]
@@ -140,4 +144,64 @@ fn leftovers_of_a_crash_go_and_running_puts_stay() {
     assert_eq!(fs::read_dir(dir.path().join(INCOMING)).unwrap().count(), 1);
     let found = store.keep(running.finish().unwrap(), || true).unwrap();
     assert_eq!(other.size(found.id).unwrap(), 12);
+}
+
+#[test]
+fn two_stores_on_a_folder_count_their_own_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (open(&dir, Some(100)), open(&dir, Some(100)));
+    let found = put(&first, &[1; 60], None).unwrap();
+    let waiting = second.begin(None, Some(70)).unwrap();
+    assert!(second.delete(found.id).unwrap());
+    assert!(matches!(second.begin(None, Some(40)), Err(NodeError::QuotaFull { needed: 40, used: 70, max: 100 })));
+    drop(waiting);
+    assert!(matches!(put(&first, &[2; 60], None), Err(NodeError::QuotaFull { used: 60, .. })), "until the restart");
+    put(&second, &[2; 60], None).unwrap();
+}
+
+#[test]
+fn disk_that_cannot_hold_a_blob_is_told_before_a_byte_of_it_came() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, None);
+    let full = store.begin(None, Some(1 << 60)).unwrap_err();
+    assert!(matches!(full, NodeError::DiskFull { needed, .. } if needed == 1 << 60), "{full}");
+    assert_eq!(fs::read_dir(dir.path().join(INCOMING)).unwrap().count(), 0);
+    // Rooms that are not written yet count against each other.
+    let free = space::free(dir.path());
+    let waiting = store.begin(None, Some(free / 2)).unwrap();
+    assert!(matches!(store.begin(None, Some(free / 2)), Err(NodeError::DiskFull { .. })));
+    drop(waiting);
+    store.begin(None, Some(free / 2)).unwrap();
+}
+
+#[test]
+fn folders_go_with_the_last_blob_in_them_and_puts_make_them_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, None);
+    let id = put(&store, b"x", None).unwrap().id;
+    assert!(store.delete(id).unwrap());
+    assert_eq!(fs::read_dir(dir.path().join(BLOBS)).unwrap().count(), 0);
+    let puts = |store: Arc<Store>| {
+        std::thread::spawn(move || {
+            for _ in 0..200 {
+                let id = put(&store, b"x", None).unwrap().id;
+                store.delete(id).unwrap();
+            }
+        })
+    };
+    for thread in [puts(store.clone()), puts(store.clone()), puts(open(&dir, None))] {
+        thread.join().unwrap();
+    }
+    assert_eq!(fs::read_dir(dir.path().join(BLOBS)).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn pieces_without_a_byte_are_not_gathered() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut taking = Taking::<Vec<u8>>::begin(&open(&dir, None), None, Some(1)).await.unwrap();
+    for _ in 0..1000 {
+        taking = taking.write(Vec::new()).await.unwrap();
+    }
+    assert_eq!(taking.gathered(), 0);
+    assert_eq!(taking.write(vec![1]).await.unwrap().finish().await.unwrap().size, 1);
 }

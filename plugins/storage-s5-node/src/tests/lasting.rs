@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use super::*;
 
@@ -29,7 +28,10 @@ async fn restart_keeps_blobs_and_identity() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn next_instance_takes_over_the_address_when_it_is_free() {
-    let first = Instance::new(json!({ "serve_public": true })).await;
+    // An address of this test's own: the port is free for a moment, and others take free ports.
+    let [_, .., high, low] = std::process::id().to_be_bytes();
+    let own = format!("127.77.{high}.{low}:0");
+    let first = Instance::new(json!({ "serve_public": true, "listen": own })).await;
     let id = first.put(b"served by both").await.expect("is put");
     let listen = first.address().await.1.to_string();
     let config: Config = serde_json::from_value(json!({ "serve_public": true, "listen": listen })).expect("a configuration");
@@ -43,15 +45,28 @@ async fn next_instance_takes_over_the_address_when_it_is_free() {
     first.s5.shutdown().await;
     let Instance { s5, state: _state, .. } = first;
     drop(s5);
-    for _ in 0..200 {
-        if second.health().await == Health::Ready {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    assert_eq!(second.health().await, Health::Ready);
+    wait_until_ready(&second).await;
     assert_eq!(guest.whole(&id).await.as_deref(), Ok(&b"served by both"[..]));
     second.shutdown().await;
+}
+
+/// As a command on the command line does while the node runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn second_instance_on_an_address_asks_others_too() {
+    let (host, guest) = pair().await;
+    let id = host.put(b"of another node").await.expect("is put");
+    let listen = guest.address().await.1.to_string();
+    let config: Config =
+        serde_json::from_value(json!({ "listen": listen, "peers": [host.as_peer().await] })).expect("a configuration");
+    let second = S5Node::open(config, guest.state.path()).await.expect("opens beside the first");
+    assert!(matches!(second.health().await, Health::Degraded { .. }));
+    for _ in 0..3 {
+        let mut stream = second.get(&Cx::new(), id.clone(), Range::default()).await.expect("is asked from another port");
+        assert_eq!(stream.next().await.expect("has bytes").expect("comes").as_ref(), b"of another node");
+        assert_eq!(guest.whole(&id).await.as_deref(), Ok(&b"of another node"[..]), "and the first asks as before");
+    }
+    second.shutdown().await;
+    assert_eq!(guest.whole(&id).await.as_deref(), Ok(&b"of another node"[..]));
 }
 
 /// Not a test of its own: the process that is killed.

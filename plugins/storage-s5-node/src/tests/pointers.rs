@@ -74,7 +74,7 @@ async fn guests_neither_delete_nor_turn_back_what_is_kept() {
     }
     let (node, address) = host.address().await;
     let address = iroh::EndpointAddr::new(node.parse().expect("an id")).with_ip_addr(address);
-    let endpoint = guest.s5.node.endpoint().await;
+    let endpoint = guest.s5.node.endpoint();
     let registry = RemoteRegistry::connect(endpoint, address);
     let place = record::place(&key()).expect("a key");
     assert_eq!(registry.get(&place).await.expect("is read").map(|entry| entry.revision), Some(3));
@@ -93,6 +93,45 @@ async fn guests_neither_delete_nor_turn_back_what_is_kept() {
     );
     registry.set(unsigned.expect("an entry")).await.expect_err("so is what nobody has signed");
     assert_eq!(get(&host).await, Ok(signed(3, 3)));
+}
+
+/// S5's clients subscribe; a connection that is gone leaves nothing behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_subscribes_and_goes_takes_no_place() {
+    let (host, guest) = pair().await;
+    set(&host, 1, 1).await.expect("is moved");
+    let (node, address) = host.address().await;
+    let address = iroh::EndpointAddr::new(node.parse().expect("an id")).with_ip_addr(address);
+    let place = record::place(&key()).expect("a key");
+    for _ in 0..300 {
+        let client = s5_registry::Client::connect(guest.s5.node.endpoint(), address.clone());
+        let mut events = client.subscribe(vec![place], 1).await.expect("is taken");
+        assert!(!matches!(events.recv().await, Ok(Some(_))), "nobody is told of what comes later");
+    }
+    assert_eq!(get(&guest).await, Ok(signed(1, 1)));
+}
+
+/// The address of a peer that never answers takes the time of two questions, and the move is made here between them.
+#[tokio::test(flavor = "multi_thread")]
+async fn move_is_made_here_whoever_is_silent() {
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("binds");
+    let address = silent.local_addr().expect("has one").to_string();
+    let node = iroh::SecretKey::generate().public().to_string();
+    let instance = Instance::new(json!({ "peers": [{ "node": node, "address": address }], "timeout_ms": 1000 })).await;
+    set(&instance, 1, 1).await.expect("is moved");
+    let place = record::place(&key()).expect("a key");
+    // The caller gives up while the peer is offered the next one.
+    let kept = async {
+        while instance.s5.node.registry.entry(&place).await.expect("is read").map(|entry| entry.revision) != Some(2) {
+            tokio::task::yield_now().await;
+        }
+    };
+    let moved = set(&instance, 2, 2);
+    tokio::select! {
+        () = kept => {}
+        moved = moved => moved.expect("is moved"),
+    }
+    assert_eq!(get(&instance).await, Ok(signed(2, 2)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
