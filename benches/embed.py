@@ -28,7 +28,7 @@ def sentences(count):
             lines = (re.sub(r"^\s*//[/!]\s?", "", line) for line in block.splitlines())
             for sentence in re.split(r"(?<=[.!?])\s+", " ".join(lines)):
                 sentence = " ".join(sentence.split())
-                if 25 <= len(sentence) <= 200 and re.fullmatch(r"[A-Z][A-Za-z0-9 ,;:'()-]+[.!?]", sentence):
+                if 25 <= len(sentence) <= 240 and re.fullmatch(r"[A-Z][^<>{}|=\\]+[.!?]", sentence):
                     found[hashlib.sha256(sentence.encode()).digest()] = sentence
         if len(found) >= 3 * count:
             break

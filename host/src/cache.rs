@@ -203,7 +203,9 @@ impl Cache {
     ) -> Result<Option<Arc<Cache>>, IdentityError> {
         if !config.enabled {
             if Store::is_there(data_dir) {
-                tracing::info!("The cache is off; answers of an earlier time are still on the disk. `fabstir-node cache flush` removes them.");
+                tracing::info!(
+                    "The cache is off; answers of an earlier time are still on the disk. `fabstir-node cache flush` removes them."
+                );
             }
             return Ok(None);
         }
@@ -298,7 +300,8 @@ impl Cache {
         let Some(model) = model.filter(|_| reproducible && !wish.no_store) else {
             return (!wish.only_kept).then_some(Err(request));
         };
-        let of = |model: &ServedModelInfo| Identity::new(model.digest.as_deref(), &model.plugin, &model.id, &self.routes.borrow());
+        let of =
+            |model: &ServedModelInfo| Identity::new(model.digest.as_deref(), &model.plugin, &model.id, &self.routes.borrow());
         let identity = of(model);
         let key = Key::new(&identity, model, &request);
         let embedder = self.semantic.as_ref().and_then(|semantic| models.iter().find(|model| model.id == semantic.model));

@@ -418,7 +418,13 @@ impl Default for Semantic {
 
 impl Default for Cache {
     fn default() -> Self {
-        Self { enabled: false, max_bytes: Bytes(256 << 20), ttl_s: 86_400, semantic: Semantic::default(), shared: Shared::default() }
+        Self {
+            enabled: false,
+            max_bytes: Bytes(256 << 20),
+            ttl_s: 86_400,
+            semantic: Semantic::default(),
+            shared: Shared::default(),
+        }
     }
 }
 

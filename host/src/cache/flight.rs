@@ -21,10 +21,7 @@ use crate::scheduler::{Answer, Refused};
 /// What came of the beginning.
 pub(super) enum Begun {
     /// It was answered before.
-    Kept {
-        entry: Entry,
-        found: Found,
-    },
+    Kept { entry: Entry, found: Found },
     /// With what was read of it already: its first chunk, or that it failed.
     Generating(Answer, Option<Result<Chunk, Refused>>),
 }

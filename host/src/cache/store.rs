@@ -32,7 +32,6 @@ mod wording;
 
 pub(super) use sharing::Part;
 
-
 /// The layout of the tables. A file with another one is set aside.
 const LAYOUT: u32 = 2;
 
@@ -528,7 +527,8 @@ impl Look {
         // What was written ahead holds old pages too.
         let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
         if busy {
-            let why = format!("{removed} answers are removed, but another program reads the file, so that its bytes are still there");
+            let why =
+                format!("{removed} answers are removed, but another program reads the file, so that its bytes are still there");
             return Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_BUSY), Some(why)));
         }
         Ok(removed)

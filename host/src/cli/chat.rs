@@ -10,9 +10,9 @@ use rustyline::history::FileHistory;
 use rustyline::{Config as EditorConfig, Editor};
 use serde_json::{Value, json};
 
-use super::{Failure, as_text};
 use super::account::SpendArgs;
 use super::network::{Local, NetworkArgs, Paid, threads};
+use super::{Failure, as_text};
 use crate::config::Config;
 
 mod client;
@@ -156,6 +156,11 @@ fn address(config: &Config) -> String {
     format!("http://{listen}")
 }
 
+/// What a model says commands no terminal.
+fn for_terminal(text: &str) -> String {
+    as_text(&text.replace('\r', ""))
+}
+
 fn piped() -> Result<String, Failure> {
     let mut text = String::new();
     let read = io::stdin().lock().read_to_string(&mut text);
@@ -232,7 +237,7 @@ impl Session {
             let show = |event: Event<'_>| match (event, json) {
                 (Event::Text(text), false) => {
                     begun = true;
-                    let text = if is_terminal { as_text(text) } else { text.to_owned() };
+                    let text = if is_terminal { for_terminal(text) } else { text.to_owned() };
                     out.write_all(text.as_bytes()).and_then(|()| out.flush())
                 }
                 _ => Ok(()),
@@ -303,7 +308,7 @@ impl Session {
                 let Event::Text(text) = event;
                 shown.push_str(text);
                 let mut out = io::stdout().lock();
-                out.write_all(as_text(text).as_bytes()).and_then(|()| out.flush())
+                out.write_all(for_terminal(text).as_bytes()).and_then(|()| out.flush())
             };
             self.runtime.block_on(async {
                 tokio::select! {

@@ -212,6 +212,7 @@ fn of_storage(error: PluginError) -> Failure {
         Code::Unavailable | Code::DeadlineExceeded => (Failure::UNREACHABLE, "unreachable"),
         Code::Overloaded => (Failure::UNREACHABLE, "busy"),
         Code::NotFound => (Failure::FAILED, "not_found"),
+        Code::Denied => (Failure::FAILED, "denied"),
         Code::Corrupt => (Failure::FAILED, "corrupt"),
         Code::Full => (Failure::FAILED, "full"),
         Code::InvalidArgument => (Failure::FAILED, "invalid"),

@@ -19,6 +19,10 @@ const ASK: Duration = Duration::from_secs(5);
 /// How long it may take to make its keys. A quarter of an hour is what the largest circuits take that fit into a contract.
 const PREPARE: Duration = Duration::from_secs(1800);
 
+/// When the keys of proofs are looked after again, where something was in the way that passes, and where it does not.
+const SOON: Duration = Duration::from_secs(15);
+const LATER: Duration = Duration::from_secs(300);
+
 /// A statement that can be proven now, and who proves it.
 #[derive(Clone)]
 pub struct Provable {
@@ -45,6 +49,11 @@ impl Provable {
             && self.program == terms.program
             && is_about(terms.proof_kind, self.model.as_ref(), &terms.model)
     }
+}
+
+/// Whether the same question may be answered in a moment.
+fn passes(error: &PluginError) -> bool {
+    error.code.is_retryable() || error.code == Code::DeadlineExceeded
 }
 
 /// What can be proven now, and whether more is on its way.
@@ -90,7 +99,7 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
             Ok(statements) => statements,
             Err(error) => {
                 // It may in a moment: nothing is known about what it proves.
-                found.is_preparing |= error.code.is_retryable();
+                found.is_preparing |= passes(&error);
                 tracing::warn!(plugin = %route.plugin, %error, "A prover does not say what it proves.");
                 continue;
             }
@@ -109,7 +118,7 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
                 Some(digest) => match chain.model_id(&cx, digest.clone()).await {
                     Ok(id) => Some(id),
                     Err(error) => {
-                        found.is_preparing |= error.code.is_retryable();
+                        found.is_preparing |= passes(&error);
                         continue;
                     }
                 },
@@ -118,7 +127,7 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
                 Ok(estimate) => estimate,
                 Err(error) => {
                     // It may tell in a moment.
-                    found.is_preparing |= error.code.is_retryable() || error.code == Code::DeadlineExceeded;
+                    found.is_preparing |= passes(&error);
                     Default::default()
                 }
             };
@@ -140,26 +149,24 @@ pub async fn provable(routes: &Routes, chain: &dyn Chain, network: &ChainNetwork
     found
 }
 
-/// Checks the keys of every statement, makes those that are not there, one after the other, and sees how long proofs take; `false` where that
-/// has to be tried again. A bond that is put up for a proof is lost where its keys turn out to be damaged.
-pub async fn prepare(routes: &Routes, network: &ChainNetwork, prepared: &Prepared) -> bool {
+/// Checks the keys of every statement, makes those that are not there, one after the other, and sees how long proofs take. Returns after how long
+/// that is to be done once more, where not all of it was. A bond that is put up for a proof is lost where its keys turn out to be damaged.
+pub async fn prepare(routes: &Routes, network: &ChainNetwork, prepared: &Prepared) -> Option<Duration> {
     let is_there =
         |plugin: &str, generation| routes.prover.iter().any(|route| route.plugin == plugin && route.generation == generation);
     prepared.known.lock().retain(|(plugin, generation, _), _| is_there(plugin, *generation));
-    let mut all = true;
+    let mut again = None;
+    let mut due = Vec::new();
     for route in &routes.prover {
-        all &= prepare_one(route, network, prepared).await;
+        match route.client.statements(&Cx::new().with_timeout(ASK)).await {
+            Ok(statements) => due.extend(statements.into_iter().map(|statement| (route, statement))),
+            Err(_) => again = Some(SOON),
+        }
     }
-    all
-}
-
-async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork, prepared: &Prepared) -> bool {
-    let cx = Cx::new().with_timeout(ASK);
-    let Ok(mut statements) = route.client.statements(&cx).await else { return false };
+    due.retain(|(route, statement)| prepared.of(route, &statement.id) != Some(true));
     // What is there is looked through in no time; what is not may take long.
-    statements.sort_by_key(|statement| statement.program.is_none());
-    let mut all = true;
-    for statement in statements.into_iter().filter(|statement| prepared.of(route, &statement.id) != Some(true)) {
+    due.sort_by_key(|(_, statement)| statement.program.is_none());
+    for (route, statement) in due {
         if statement.is_development && !is_development(network) {
             tracing::warn!(
                 plugin = %route.plugin, statement = statement.id, chain = network.chain,
@@ -167,27 +174,42 @@ async fn prepare_one(route: &Route<dyn Prover>, network: &ChainNetwork, prepared
             );
             continue;
         }
-        tracing::info!(plugin = %route.plugin, statement = statement.id, "Looking after the keys of proofs.");
-        let made = match make(&*route.client, &statement.id).await {
-            // What was damaged is out of the way now.
-            Err(error) if error.code == Code::Corrupt => {
-                tracing::warn!(plugin = %route.plugin, statement = statement.id, %error, "Keys of proofs are made anew.");
-                make(&*route.client, &statement.id).await
+        let lasts = match look_after(route, &statement.id).await {
+            Ok(()) => false,
+            Err(error) if passes(&error) => {
+                again = Some(SOON);
+                continue;
             }
-            made => made,
+            Err(_) => true,
         };
-        prepared.known.lock().insert((route.plugin.clone(), route.generation, statement.id.clone()), made.is_ok());
-        match made {
-            Ok(statement) => {
-                tracing::info!(plugin = %route.plugin, statement = statement.id, program = statement.program, "Jobs can be proven.");
-            }
-            Err(error) => {
-                all = false;
-                tracing::error!(plugin = %route.plugin, statement = statement.id, %error, "No keys of proofs could be made.");
-            }
+        if lasts {
+            again = again.or(Some(LATER));
+        }
+        prepared.known.lock().insert((route.plugin.clone(), route.generation, statement.id), !lasts);
+    }
+    again
+}
+
+async fn look_after(route: &Route<dyn Prover>, statement: &str) -> Result<()> {
+    tracing::info!(plugin = %route.plugin, statement, "Looking after the keys of proofs.");
+    let made = match make(&*route.client, statement).await {
+        // What was damaged is out of the way now.
+        Err(error) if error.code == Code::Corrupt => {
+            tracing::warn!(plugin = %route.plugin, statement, %error, "Keys of proofs are made anew.");
+            make(&*route.client, statement).await
+        }
+        made => made,
+    };
+    match made {
+        Ok(made) => {
+            tracing::info!(plugin = %route.plugin, statement, program = made.program, "Jobs can be proven.");
+            Ok(())
+        }
+        Err(error) => {
+            tracing::error!(plugin = %route.plugin, statement, %error, "No keys of proofs could be made.");
+            Err(error)
         }
     }
-    all
 }
 
 /// Makes what proofs of a statement need.

@@ -35,9 +35,6 @@ use settling::Settling;
 /// The pause before something is tried again that did not work.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// The pause before keys of proofs are made again that could not be made.
-const PREPARE_AGAIN: Duration = Duration::from_secs(300);
-
 /// Why a node that is to be paid cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum SellerError {
@@ -166,9 +163,12 @@ impl Seller {
         let mut routes = self.routes.clone();
         loop {
             let now = routes.borrow_and_update().clone();
-            let is_done = self.config.jobs == 0 || proving::prepare(&now, &desk.network, &self.prepared).await;
+            let again = match self.config.jobs {
+                0 => None,
+                _ => proving::prepare(&now, &desk.network, &self.prepared).await,
+            };
             tokio::select! {
-                () = tokio::time::sleep(PREPARE_AGAIN), if !is_done => {}
+                () = tokio::time::sleep(again.unwrap_or_default()), if again.is_some() => {}
                 () = self.prepared.damaged.notified() => {}
                 changed = routes.changed() => if changed.is_err() {
                     return std::future::pending().await;

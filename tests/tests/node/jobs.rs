@@ -115,6 +115,12 @@ async fn a_posted_job_is_answered_by_the_real_model_and_paid_to_the_wei() {
     is_in(&clients, silent, SETTLED).await;
     let row = is_noted(&provider.node.place, silent, "settled").await;
     assert_eq!(clients.credit(PAYOUT.address).await, price + wei(&row["paid"]));
+
+    // Of few bytes and many tokens: only the model knows, and it is asked before a bond is put up.
+    let wordy = Job { prompt: "xq zv kj ".repeat(20), ..asked };
+    let id = clients.post(CLIENT, &wordy).await;
+    let row = is_noted(&provider.node.place, id, "declined").await;
+    assert_eq!((row["cause"].as_str(), clients.told(CLAIM_EVENT, id).await), (Some("too_long"), 0), "{row:#}");
 }
 
 fn blake3(bytes: &[u8]) -> Vec<u8> {

@@ -236,7 +236,8 @@ async fn a_result_that_was_proven_is_upheld_by_the_arbiter_that_its_node_accepts
     const BOND: u128 = 10_000_000_000_000_000;
     let chain = DevChain::start().expect("a chain");
     let clients = Clients::of(&chain);
-    let (node, program) = proving_node_with(&chain, GROTH16, "commitment", &format!("arbiters = ['{ARBITER}']\nleast_resolve_s = 600\n")).await;
+    let (node, program) =
+        proving_node_with(&chain, GROTH16, "commitment", &format!("arbiters = ['{ARBITER}']\nleast_resolve_s = 600\n")).await;
     let client = place(&chain, CLIENT, "", "", NET);
     let proof = format!("commitment:{program}");
     let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", MOST, "--proof", &proof, "--bootstrap", &node.address];

@@ -130,8 +130,9 @@ impl Shelf {
             let whole = matches!(fresh.entry.chunks.last(), Some(Chunk::Done(_)));
             let unwanted = "SELECT EXISTS (SELECT 1 FROM entries WHERE key = ?1 AND stored_ms >= ?2)
                 OR EXISTS (SELECT 1 FROM erasures WHERE (tenant IS NULL OR tenant = ?3) AND at_ms >= ?2)";
-            let unwanted =
-                self.connection.query_row(unwanted, params![fresh.key.0, stored_ms, fresh.tenant], |row| row.get::<_, bool>(0))?;
+            let unwanted = self
+                .connection
+                .query_row(unwanted, params![fresh.key.0, stored_ms, fresh.tenant], |row| row.get::<_, bool>(0))?;
             if whole && !unwanted && fresh.entry.stored_ms >= oldest {
                 self.keep(&fresh, Some(id))?;
                 taken += 1;
@@ -158,10 +159,10 @@ impl Shelf {
 
     /// Notes the list that is in force; `own` is its id where this node has made it.
     pub fn listed(&mut self, revision: u64, own: Option<&str>) -> rusqlite::Result<()> {
-        self.connection.execute("UPDATE listed SET revision = max(revision, ?1), own = coalesce(?2, own)", params![
-            integer(revision),
-            own
-        ])?;
+        self.connection.execute(
+            "UPDATE listed SET revision = max(revision, ?1), own = coalesce(?2, own)",
+            params![integer(revision), own],
+        )?;
         Ok(())
     }
 

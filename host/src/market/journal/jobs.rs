@@ -73,6 +73,9 @@ impl State {
         State::Abandoning,
     ];
 
+    /// The states in which its result is still to be handed in.
+    pub const BEFORE_RESULT: [State; 5] = [State::Claiming, State::Claimed, State::Working, State::Stored, State::Submitting];
+
     /// The states in which a proof that its terms ask for is still to be made.
     pub const PROMISED: [State; 6] =
         [State::Claiming, State::Claimed, State::Working, State::Stored, State::Submitting, State::Proving];

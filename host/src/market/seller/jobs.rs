@@ -45,9 +45,9 @@ pub(crate) use verdict::tests::row as example;
 
 use carrying::Carrier;
 use due::Due;
-pub(in crate::market) use verdict::is_about;
 use traced::is_traced;
-use verdict::{Fees, OnChain, Promised, Proves, Purse, Served, Standing, Verdict, compare, fees, judge};
+pub(in crate::market) use verdict::is_about;
+use verdict::{Fees, OnChain, Promised, Proves, Purse, Served, Standing, Verdict, compare, fees, judge, owed};
 
 /// How long a call that reads the chain may take.
 const CALL: Duration = Duration::from_secs(10);
@@ -61,6 +61,8 @@ const MOST_IN_WORK: usize = 4096;
 const PROOF_BYTES: u64 = 7 << 10;
 /// What the name of a result takes: a node's name and a hash.
 const RESULT_REF_BYTES: usize = 128;
+/// The pause before a job is looked at again whose fees are too high.
+const FEES_AGAIN: Duration = Duration::from_secs(15);
 /// How often what has waited is looked at again.
 const TICK: Duration = Duration::from_secs(1);
 /// How long the cursor may be behind what was read where nothing has happened: a start reads so much again, and no more.
@@ -468,7 +470,7 @@ impl Lane {
                     journal.step_job(id, State::Seen, step).await?;
                 }
                 Ok(Checked::Wait(cause, why)) => {
-                    self.later.insert(id, Instant::now() + AGAIN);
+                    self.later.insert(id, Instant::now() + if cause == Cause::Fee { FEES_AGAIN } else { AGAIN });
                     journal.write(move |transaction| jobs::waits(transaction, id, cause.word(), &why)).await?;
                 }
                 Err(error) => {
@@ -527,13 +529,19 @@ impl Lane {
             Err(error) => return Err(error),
         };
         match counted {
-            Ok(Ok(())) => {}
+            Ok(Ok(counted)) => {
+                if let Some(Err((cause, why))) = counted.map(|counted| counted.fits(&row.terms)) {
+                    return over(State::Declined, cause, &why);
+                }
+            }
             Ok(Err((cause, why))) => return over(State::Declined, cause, &why),
             Err(error) => return Ok(Checked::Wait(Cause::Model, format!("its input cannot be counted at the moment: {error}"))),
         }
         let quotes: Vec<(&str, Quote)> = [("claiming it", claim)].into_iter().chain(later?).collect();
         let max_fee_wei = self.shared.seller.config.max_fee_wei.into();
-        let purse = Purse { max_fee_wei, today_wei: self.shared.desk.fees_left() };
+        let in_work = self.shared.seller.journal.jobs(&State::IN_WORK, MOST_IN_WORK).await.map_err(PluginError::from)?;
+        let owed = owed(&in_work, &quotes, max_fee_wei);
+        let purse = Purse { max_fee_wei, today_wei: self.shared.desk.fees_left().saturating_sub(owed) };
         match fees(&quotes, row.terms.max_amount, purse) {
             Fees::Good => Ok(Checked::Good),
             Fees::High(why) => Ok(Checked::Wait(Cause::Fee, why)),
@@ -569,15 +577,13 @@ impl Lane {
         let seller = &self.shared.seller;
         let models = self.shared.models().await?;
         let routes = seller.routes.borrow().clone();
-        let mut provables = match asks_proof {
+        let provables = match asks_proof {
             true => self.shared.provables().await,
             false => Provables::default(),
         };
-        // A bond that is put up for a proof is lost where its keys turn out to be damaged.
-        provables.ready.retain(|known| known.is_checked);
         let proves = |known: Provable| {
-            let Provable { kind, program, model, takes_ms, .. } = known;
-            kind.number().map(|kind| Proves { kind, program, model, takes_ms })
+            let Provable { kind, program, model, takes_ms, is_checked, .. } = known;
+            kind.number().map(|kind| Proves { kind, program, model, takes_ms, is_checked })
         };
         let promised = match asks_proof {
             true => seller.journal.jobs(&State::PROMISED, MOST_IN_WORK).await?,

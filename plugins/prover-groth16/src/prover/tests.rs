@@ -171,7 +171,7 @@ fn keys_are_not_made_from_a_file_that_was_replaced_since() {
     *bytes.last_mut().unwrap() = 7;
     fs::write(&path, bytes).unwrap();
     let error = prover.prepare(prover.place(HEAD).unwrap(), &|_| {}, &|| false).unwrap_err();
-    assert!(matches!(error, Error::Model { .. }), "{error}");
+    assert!(matches!(error, Error::Replaced(_)), "{error}");
 }
 
 #[test]

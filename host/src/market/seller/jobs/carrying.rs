@@ -40,6 +40,9 @@ const READ_AGAIN: Duration = Duration::from_secs(10);
 const SEND_AGAIN: Duration = Duration::from_secs(30);
 /// The pause before the contract is asked once more whether it takes a proof.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// And where that was so often.
+const ASK_SELDOM: Duration = Duration::from_secs(60);
+const OFTEN: u32 = 24;
 /// How often a proof is sent, for a fee each time, that the contract refuses without saying why.
 const MOST_SENT: u32 = 3;
 /// What the contract calls a proof that its verifier does not accept.
@@ -90,13 +93,14 @@ pub(super) struct Carrier {
     coming: Option<Coming>,
     /// The states that its result has committed to. After a start they are read anew.
     states: Option<Vec<Vec<f32>>>,
-    /// How often its proof was sent, and refused.
+    /// How often its proof was sent and refused, and how often the contract has said that it would refuse it.
     reverted: u32,
+    refused: u32,
 }
 
 impl Carrier {
     pub fn new(shared: Arc<Shared>, slots: Arc<Semaphore>, slot: Option<OwnedSemaphorePermit>) -> Self {
-        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot, states: None, reverted: 0 }
+        Self { coming: Some(Coming::new(shared.clone())), shared, slots, slot, states: None, reverted: 0, refused: 0 }
     }
 
     /// Carries a job on from the state that it is in. Ends when there is nothing left to do, or, once the node stops, with the first
@@ -282,8 +286,12 @@ impl Carrier {
 
     async fn generate(&self, row: &JobRow, input: &JobInput, model: &str, within: Duration) -> Result<Answered, Refused> {
         // No more than is paid for, whatever the terms allow.
-        let prompt_tokens = estimated_tokens(&Input::Messages(input.messages.clone()));
-        let mut request = input.generation(model, paid_output(&row.terms, prompt_tokens));
+        let most = match self.shared.counted(row, model).await {
+            Ok(Ok(Some(counted))) => counted.answer(&row.terms),
+            // The model says by itself what it does not take.
+            _ => paid_output(&row.terms, estimated_tokens(&Input::Messages(input.messages.clone()))),
+        };
+        let mut request = input.generation(model, most);
         // One client's jobs may share what was read of their prompts; nobody else learns from the time it takes.
         request.cache_salt = format!("job:{}", row.client);
         let is_traced = is_traced(&row.terms);
@@ -315,6 +323,8 @@ impl Carrier {
     /// The root over the answer's tokens and states, or why none of it can be proven in time.
     async fn trace(&mut self, row: &JobRow, tokens: &[u32], end_s: u64) -> Result<Hash32, (Cause, String)> {
         let mut told = false;
+        // Giving up early lets the next job come; what has not passed in half of the time will not.
+        let end_s = end_s.saturating_sub(self.left(end_s).as_secs() / 2);
         loop {
             let left = self.left(end_s);
             if left.is_zero() {
@@ -576,7 +586,11 @@ impl Carrier {
         let draw = self.draw(row).await?;
         self.reverted += u32::from(matches!(error, DeskError::Reverted { .. }));
         match after_refusal(proof, &subject, draw.as_ref(), &error, self.reverted) {
-            AfterRefusal::AskAgain => Err(wait(error.to_string(), ASK_AGAIN.min(self.left(until_s)))),
+            AfterRefusal::AskAgain => {
+                self.refused += 1;
+                let pause = if self.refused < OFTEN { ASK_AGAIN } else { ASK_SELDOM };
+                Err(wait(error.to_string(), pause.min(self.left(until_s))))
+            }
             AfterRefusal::ProveAnew => self.step(row, Step { anew: true, ..Step::to(State::Proving) }).await,
             AfterRefusal::GiveUp => self.over(row, State::Failed, Cause::Proof, error.to_string()).await,
             AfterRefusal::SendAnew => {

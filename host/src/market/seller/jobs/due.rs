@@ -9,9 +9,9 @@ use fabstir_plugin_api::error::PluginError;
 use tokio::time::Instant;
 
 use super::{LaneError, Shared};
-use crate::market::DeskError;
 use crate::market::journal::jobs::{JobRow, State, Step};
 use crate::market::seller::jobs::verdict::{Cause, OnChain};
+use crate::market::{DeskError, NATIVE};
 
 /// The pause between two looks.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -20,7 +20,7 @@ const MOST: usize = 10_000;
 /// How long an order that was not carried out is left alone. Seconds.
 const REST_S: u64 = 600;
 /// How often an arbiter is asked whether it rules. Seconds.
-const RULING_S: u64 = 10;
+const RULING_S: u64 = 20;
 
 #[derive(Default)]
 pub(super) struct Due {
@@ -92,7 +92,9 @@ impl Due {
             // Its event is on its way, or the outbox sends again what a block has lost.
             _ => return Ok(()),
         };
-        self.until_s.insert(id, until_s);
+        // An objection may be in a block that the endpoint which was asked has not seen.
+        let look_s = if row.terms.arbiter == NATIVE { until_s } else { until_s.min(shared.clock.now_s() + RULING_S) };
+        self.until_s.insert(id, look_s);
         if until_s >= shared.clock.now_s() || !is_known {
             return Ok(());
         }

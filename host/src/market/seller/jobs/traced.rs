@@ -10,7 +10,7 @@ use fabstir_plugin_api::inference::{Inference, Message, States, Template, Tokeni
 use fabstir_plugin_api::prover::ProofKind;
 
 use super::Shared;
-use super::verdict::{Cause, fits};
+use super::verdict::{Cause, Counted};
 use crate::market::journal::jobs::JobRow;
 use crate::market::posting::JobInput;
 use crate::market::proving::{self, Provable, Provables};
@@ -36,9 +36,8 @@ async fn tokens_of(inference: &dyn Inference, cx: &Cx, model: &str, messages: Ve
 }
 
 impl Shared {
-    /// Whether the model takes a job's input, and its terms pay for it, as the model counts it. A plugin that does not count is taken at its word
-    /// later.
-    pub async fn counted(&self, row: &JobRow, model: &str) -> Could<()> {
+    /// How long a job's input is, as the model counts it, if the model takes it at all; `None` where its plugin does not count.
+    pub async fn counted(&self, row: &JobRow, model: &str) -> Could<Option<Counted>> {
         let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
             Ok(input) => input,
             Err(error) => return Ok(Err((Cause::Input, error.to_string()))),
@@ -52,9 +51,11 @@ impl Shared {
             return Err(PluginError::unavailable(format!("the plugin {} takes no more calls at the moment", route.plugin)));
         };
         match tokens_of(&*route.inference, &Cx::new().with_timeout(COUNT), model, input.messages).await {
-            Ok(tokens) => Ok(fits(&row.terms, tokens.len() as u64, context)),
-            Err(error) if error.code == Code::Unimplemented => Ok(Ok(())),
-            Err(error) if matches!(error.code, Code::InvalidArgument | Code::TooLong) => Ok(Err((Cause::Input, error.to_string()))),
+            Ok(tokens) => Ok(Ok(Some(Counted { tokens: tokens.len() as u64, context }))),
+            Err(error) if error.code == Code::Unimplemented => Ok(Ok(None)),
+            Err(error) if matches!(error.code, Code::InvalidArgument | Code::TooLong) => {
+                Ok(Err((Cause::Input, error.to_string())))
+            }
             Err(error) => Err(error),
         }
     }

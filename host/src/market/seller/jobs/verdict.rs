@@ -6,7 +6,7 @@ use fabstir_plugin_api::chain::{Account, Amount, Hash32, Job, JobState, JobTerms
 use fabstir_plugin_api::inference::Input;
 use fabstir_plugin_api::prover::ProofKind;
 
-use crate::market::journal::jobs::JobRow;
+use crate::market::journal::jobs::{JobRow, State};
 use crate::market::posting::{JobInput, PostingError};
 use crate::market::{NATIVE, Prices};
 use crate::scheduler::estimated_tokens;
@@ -168,6 +168,8 @@ pub struct Proves {
     pub model: Option<ModelId>,
     /// Processor time that it takes, in milliseconds, where it was measured.
     pub takes_ms: Option<u64>,
+    /// Whether its keys were looked through: a bond that is put up for a proof is lost where they turn out to be damaged.
+    pub is_checked: bool,
 }
 
 impl Proves {
@@ -280,7 +282,8 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
     }
     let wait_s = terms.challenge_s.saturating_add(resolve_s);
     if wait_s > node.max_wait_s {
-        let why = format!("its pay and its bond may be out for {wait_s} s after the result, {} are waited at most", node.max_wait_s);
+        let why =
+            format!("its pay and its bond may be out for {wait_s} s after the result, {} are waited at most", node.max_wait_s);
         return no(Cause::Bond, why);
     }
     if terms.deliver_s < LEAST_DELIVER_S {
@@ -318,6 +321,9 @@ pub fn judge(row: &JobRow, node: &Standing) -> Verdict {
         let Some(known) = asked.iter().find(|proves| is_about(proves.kind, proves.model.as_ref(), &terms.model)) else {
             return no(Cause::Proof, format!("the program {} proves nothing about the model {}", terms.program, terms.model));
         };
+        if !known.is_checked {
+            return later(Cause::Proof, format!("the keys of the program {} are not known to be good", terms.program));
+        }
         let Some(takes_ms) = known.takes_ms else {
             return later(Cause::Proof, format!("how long a proof by the program {} takes was never measured", terms.program));
         };
@@ -372,10 +378,24 @@ fn too_long(needed: u64, context: u32) -> String {
     format!("it may have {needed} tokens in all, the model's context has {context}")
 }
 
-/// Whether a job's terms and the model's context have room for an input of so many tokens, as the model has counted them.
-pub fn fits(terms: &JobTerms, tokens: u64, context: u32) -> Result<(), (Cause, String)> {
-    let needed = paid(terms, tokens)?;
-    if needed <= context.into() { Ok(()) } else { Err((Cause::TooLong, too_long(needed, context))) }
+/// An input as the model reads it: its tokens, and the model's context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counted {
+    pub tokens: u64,
+    pub context: u32,
+}
+
+impl Counted {
+    /// Whether a job's terms and the context have room for it and its answer.
+    pub fn fits(self, terms: &JobTerms) -> Result<(), (Cause, String)> {
+        let needed = paid(terms, self.tokens)?;
+        if needed <= self.context.into() { Ok(()) } else { Err((Cause::TooLong, too_long(needed, self.context))) }
+    }
+
+    /// The most tokens of an answer that its terms pay for and the context holds.
+    pub fn answer(self, terms: &JobTerms) -> u64 {
+        paid_output(terms, self.tokens).min(u64::from(self.context).saturating_sub(self.tokens))
+    }
 }
 
 /// What fees say about a job that is good otherwise.
@@ -388,12 +408,25 @@ pub enum Fees {
     TooHigh(String),
 }
 
+/// The most that fees of the jobs in work may still come to: what was claimed must be handed in, and what was promised proven. `quotes` are those of
+/// another job's claim, result and proof.
+pub fn owed(rows: &[JobRow], quotes: &[(&str, Quote)], max_fee_wei: u128) -> u128 {
+    let most = |number: usize| quotes.get(number).and_then(|(_, quote)| quote.most).map_or(max_fee_wei, |most| most.0);
+    let of = |row: &JobRow| {
+        let claim = if row.state == State::Claiming { most(0) } else { 0 };
+        let result = if State::BEFORE_RESULT.contains(&row.state) { most(1) } else { 0 };
+        let proof = if row.terms.proof_kind == 0 { 0 } else { most(2) };
+        claim.saturating_add(result).saturating_add(proof)
+    };
+    rows.iter().fold(0u128, |sum, row| sum.saturating_add(of(row)))
+}
+
 /// What an account may sign for. Wei.
 #[derive(Debug, Clone, Copy)]
 pub struct Purse {
     /// In fees of one transaction.
     pub max_fee_wei: u128,
-    /// In fees of this day, still.
+    /// In fees of this day, besides what is signed and what is owed.
     pub today_wei: u128,
 }
 
@@ -504,7 +537,6 @@ pub(crate) mod tests {
     use fabstir_plugin_api::inference::Message;
 
     use super::*;
-    use crate::market::journal::jobs::State;
 
     const NOW: u64 = 1_000_000;
 
@@ -553,7 +585,7 @@ pub(crate) mod tests {
     }
 
     fn proves(kind: u8, program: &str, model: Option<ModelId>) -> Proves {
-        Proves { kind, program: format!("0x{}", program.repeat(32)), model, takes_ms: Some(10_000) }
+        Proves { kind, program: format!("0x{}", program.repeat(32)), model, takes_ms: Some(10_000), is_checked: true }
     }
 
     /// With a proof of 10 s, for which there is so much time.
@@ -677,11 +709,16 @@ pub(crate) mod tests {
     #[test]
     fn what_the_model_counts_must_fit_the_terms_and_the_context() {
         let terms = row(1).terms;
-        assert_eq!(fits(&terms, 100, 150), Ok(()));
-        assert_eq!(fits(&terms, 101, 500).map_err(|(cause, _)| cause), Err(Cause::TooLong));
-        assert_eq!(fits(&terms, 100, 149).map_err(|(cause, _)| cause), Err(Cause::TooLong));
-        let poor = JobTerms { max_amount: Amount(0), ..terms };
-        assert_eq!(fits(&poor, 1, 500).map_err(|(cause, _)| cause), Err(Cause::Amount));
+        let counted = |tokens, context| Counted { tokens, context };
+        assert_eq!(counted(100, 150).fits(&terms), Ok(()));
+        assert_eq!(counted(101, 500).fits(&terms).map_err(|(cause, _)| cause), Err(Cause::TooLong));
+        assert_eq!(counted(100, 149).fits(&terms).map_err(|(cause, _)| cause), Err(Cause::TooLong));
+        let poor = JobTerms { max_amount: Amount(0), ..terms.clone() };
+        assert_eq!(counted(1, 500).fits(&poor).map_err(|(cause, _)| cause), Err(Cause::Amount));
+        assert_eq!(
+            (counted(100, 500).answer(&terms), counted(100, 120).answer(&terms), counted(9, 8).answer(&terms)),
+            (50, 20, 0)
+        );
     }
 
     #[test]
@@ -709,7 +746,9 @@ pub(crate) mod tests {
     #[test]
     fn a_proof_that_was_never_measured_is_not_promised() {
         let mut node = node();
-        node.proves[0].takes_ms = None;
+        node.proves[0].is_checked = false;
+        assert!(matches!(judge(&asks(3600), &node), Verdict::Decline(Cause::Proof, _)));
+        (node.proves[0].is_checked, node.proves[0].takes_ms) = (true, None);
         assert!(matches!(judge(&asks(3600), &node), Verdict::Decline(Cause::Proof, _)));
         node.is_starting = true;
         assert!(matches!(judge(&asks(3600), &node), Verdict::Wait(Cause::Proof, _)));
@@ -746,9 +785,21 @@ pub(crate) mod tests {
         assert!(matches!(judged(&[claim(), quote(21, None)], 90), Fees::High(_)));
         assert!(matches!(judged(&[claim(), quote(90, None)], 90), Fees::TooHigh(_)));
         assert!(matches!(judged(&[claim(), quote(20, Some(Amount(101)))], 90), Fees::High(_)));
+        let rows = |state, proof_kind| {
+            let mut row = row(1);
+            (row.state, row.terms.proof_kind) = (state, proof_kind);
+            [row]
+        };
+        let quotes = [("claim", quote(1, Some(Amount(7)))), ("result", quote(1, Some(Amount(20))))];
+        assert_eq!(owed(&rows(State::Claiming, 0), &quotes, 100), 27);
+        assert_eq!(owed(&rows(State::Working, 1), &quotes, 100), 120, "a proof whose price is not known takes what one may");
+        assert_eq!(owed(&rows(State::Proving, 1), &quotes, 100), 100);
         let both = [("it", quote(1, Some(Amount(60)))), ("it", quote(1, Some(Amount(60))))];
         assert_eq!(fees(&both, Amount(90), purse(120)), Fees::Good);
-        assert!(matches!(fees(&both, Amount(90), purse(119)), Fees::High(_)), "today's last claim would be signed, its result not");
+        assert!(
+            matches!(fees(&both, Amount(90), purse(119)), Fees::High(_)),
+            "today's last claim would be signed, its result not"
+        );
     }
 
     #[test]
