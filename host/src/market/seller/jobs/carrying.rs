@@ -594,6 +594,7 @@ impl Carrier {
             AfterRefusal::ProveAnew => self.step(row, Step { anew: true, ..Step::to(State::Proving) }).await,
             AfterRefusal::GiveUp => self.over(row, State::Failed, Cause::Proof, error.to_string()).await,
             AfterRefusal::SendAnew => {
+                tracing::warn!(job = row.id, %error, "A proof was not handed in; it is sent again.");
                 tokio::time::sleep(SEND_AGAIN.min(self.left(until_s))).await;
                 self.step(row, Step { anew: true, ..Step::to(State::Proved) }).await
             }
