@@ -14,7 +14,7 @@ use super::verdict::{Cause, Counted};
 use crate::market::journal::jobs::JobRow;
 use crate::market::posting::JobInput;
 use crate::market::proving::{self, Provable, Provables};
-use crate::routes::InferenceRoute;
+use crate::routes::{InFlightGuard, InferenceRoute};
 
 /// How long reading an answer anew may take.
 const READ: Duration = Duration::from_secs(600);
@@ -36,20 +36,26 @@ async fn tokens_of(inference: &dyn Inference, cx: &Cx, model: &str, messages: Ve
 }
 
 impl Shared {
+    /// The plugin that serves a model, the model's context, and what keeps the plugin from ending meanwhile.
+    fn reader(&self, model: &str) -> Result<(Arc<InferenceRoute>, u32, InFlightGuard), PluginError> {
+        let routes = self.seller.routes.borrow().clone();
+        let served = |route: &Arc<InferenceRoute>| route.serves(model).map(|served| (route.clone(), served.context));
+        let Some((route, context)) = routes.inference.iter().find_map(served) else {
+            return Err(PluginError::unavailable(format!("the model {model} is not served at the moment")));
+        };
+        match route.in_flight.enter() {
+            Some(inside) => Ok((route, context, inside)),
+            None => Err(PluginError::unavailable(format!("the plugin {} takes no more calls at the moment", route.plugin))),
+        }
+    }
+
     /// How long a job's input is, as the model counts it, if the model takes it at all; `None` where its plugin does not count.
     pub async fn counted(&self, row: &JobRow, model: &str) -> Could<Option<Counted>> {
         let input = match JobInput::read(&row.input_ref, &row.input_commitment) {
             Ok(input) => input,
             Err(error) => return Ok(Err((Cause::Input, error.to_string()))),
         };
-        let routes = self.seller.routes.borrow().clone();
-        let served = |route: &Arc<InferenceRoute>| route.serves(model).map(|served| (route.clone(), served.context));
-        let Some((route, context)) = routes.inference.iter().find_map(served) else {
-            return Err(PluginError::unavailable(format!("the model {model} is not served at the moment")));
-        };
-        let Some(_inside) = route.in_flight.enter() else {
-            return Err(PluginError::unavailable(format!("the plugin {} takes no more calls at the moment", route.plugin)));
-        };
+        let (route, context, _inside) = self.reader(model)?;
         match tokens_of(&*route.inference, &Cx::new().with_timeout(COUNT), model, input.messages).await {
             Ok(tokens) => Ok(Ok(Some(Counted { tokens: tokens.len() as u64, context }))),
             Err(error) if error.code == Code::Unimplemented => Ok(Ok(None)),
@@ -79,13 +85,7 @@ impl Shared {
         };
         let Some((_, before)) = tokens.split_last() else { return no("the answer has no token that could be proven".into()) };
         let model = row.model.clone().unwrap_or_default();
-        let routes = self.seller.routes.borrow().clone();
-        let Some(route) = routes.inference.iter().find(|route| route.serves(&model).is_some()) else {
-            return Err(PluginError::unavailable(format!("the model {model} is not served at the moment")));
-        };
-        let Some(_inside) = route.in_flight.enter() else {
-            return Err(PluginError::unavailable(format!("the plugin {} takes no more calls at the moment", route.plugin)));
-        };
+        let (route, _, _inside) = self.reader(&model)?;
         let cx = Cx::new().with_timeout(within.min(READ));
         let read = async {
             let mut read = tokens_of(&*route.inference, &cx, &model, input.messages).await?;
