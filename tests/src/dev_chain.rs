@@ -78,6 +78,13 @@ impl DevChain {
     /// Stops the chain's process, so that nobody is answered until [`Self::resume`].
     pub fn pause(&mut self) {
         self.signal(libc::SIGSTOP);
+        // On a machine with much to do some of its threads answer for a while yet. It stays a child that was not waited for.
+        // SAFETY: zeroes are a valid `siginfo_t`, which is written to; the child is ours.
+        let stopped = unsafe {
+            let mut told: libc::siginfo_t = std::mem::zeroed();
+            libc::waitid(libc::P_PID, self.anvil.0.id(), &raw mut told, libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT)
+        };
+        assert_eq!(stopped, 0, "the chain does not stop: {}", std::io::Error::last_os_error());
     }
 
     pub fn resume(&mut self) {
