@@ -373,7 +373,7 @@ pub struct Semantic {
     /// How long an answer that could begin is held back while its question is compared, in milliseconds. Comparing and answering begin at
     /// the same time; what is compared first wins.
     ///
-    /// Default: `8`.
+    /// Default: `6`.
     /// Example: `wait_ms = 50`.
     #[schemars(range(min = 0, max = 10_000))]
     pub wait_ms: u64,
@@ -412,7 +412,7 @@ impl Default for Shared {
 
 impl Default for Semantic {
     fn default() -> Self {
-        Self { model: None, threshold_permille: 900, wait_ms: 8 }
+        Self { model: None, threshold_permille: 900, wait_ms: 6 }
     }
 }
 

@@ -1,5 +1,9 @@
 //! Starting one generation: connect, configure, load its models.
 
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -274,31 +278,48 @@ fn not_started(entry: &PluginEntry, code: &'static str, what: &str, error: Plugi
 }
 
 /// A note on disk that a plugin is being started inside the node. It is taken back when the start has ended, well or badly; a note
-/// that is there at the next start names the plugin that took the node along.
-struct Suspect(std::path::PathBuf);
+/// that is there at the next start names the plugin that took the node along. Whoever has written it holds a lock on it: a command that
+/// starts the same plugin at the same time is told from a node that has ended.
+struct Suspect(Option<(PathBuf, File)>);
 
 impl Suspect {
     fn mark(shared: &Shared, entry: &PluginEntry, artifact: &Artifact) -> Result<Self, (LoadError, bool)> {
         let folder = shared.config.read().node.data_dir.join("starting");
         let path = folder.join(&entry.id);
-        if std::fs::read_to_string(&path).is_ok_and(|hash| hash == artifact.sha256) {
+        let unusable = |why: io::Error| (failed("P609", format!("{} cannot be written: {why}", path.display())), true);
+        fs::create_dir_all(&folder).map_err(unusable)?;
+        let Some(lock) = lock(&path).map_err(unusable)? else { return Ok(Self(None)) };
+        if fs::read_to_string(&path).is_ok_and(|hash| hash == artifact.sha256) {
             let error = failed("P608", format!("the node ended last time while plugin `{}` was being started", entry.id))
                 .note("file", artifact.source.display().to_string())
                 .fix(format!("set `isolation = \"process\"`, replace the plugin, or remove {} to try again", path.display()));
             return Err((error, false));
         }
-        let written = std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, &artifact.sha256));
-        match written {
-            Ok(()) => Ok(Self(path)),
-            Err(why) => Err((failed("P609", format!("{} cannot be written: {why}", path.display())), true)),
+        fs::write(&path, &artifact.sha256).map_err(unusable)?;
+        Ok(Self(Some((path, lock))))
+    }
+}
+
+/// Makes a file with a lock on it, or takes the one that is there; `None` where another one has that.
+fn lock(path: &Path) -> io::Result<Option<File>> {
+    loop {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        match file.try_lock() {
+            // It was taken back between the two lines.
+            Ok(()) if file.metadata()?.nlink() == 0 => continue,
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
         }
     }
 }
 
 impl Drop for Suspect {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!(%error, file = %self.0.display(), "A start's note could not be removed.");
+        if let Some((path, _)) = &self.0
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(%error, file = %path.display(), "A start's note could not be removed.");
         }
     }
 }

@@ -91,10 +91,9 @@ impl From<EzklError> for PluginError {
     fn from(error: EzklError) -> Self {
         let code = match &error {
             EzklError::UnknownStatement { .. } | EzklError::UnknownProgram { .. } => Code::NotFound,
-            EzklError::BadTask(_)
-            | EzklError::NotOnnx
-            | EzklError::BadModel { .. }
-            | EzklError::OutOfRange => Code::InvalidArgument,
+            EzklError::BadTask(_) | EzklError::NotOnnx | EzklError::BadModel { .. } | EzklError::OutOfRange => {
+                Code::InvalidArgument
+            }
             EzklError::TooBig { .. } | EzklError::OutOfMemory { .. } | EzklError::DiskFull(_) => Code::Full,
             // There was one at the start, so that it may come back.
             EzklError::NoPython { .. } | EzklError::NoEzkl { .. } | EzklError::OtherEzkl { .. } => Code::Unavailable,

@@ -13,7 +13,8 @@ pub struct Config {
     /// The folder that holds the blobs; made if it is missing. A relative path starts at the instance's own state folder.
     /// Default: `blobs`. Example: "/var/lib/fabstir/blobs".
     pub dir: Option<PathBuf>,
-    /// The most bytes that all blobs together may take. Default: no limit but the disk. Example: 107374182400 (100 GiB).
+    /// The most bytes that all blobs together may take, those on their way included. Default: no limit but the disk, of which 1 GiB stays
+    /// free, or a tenth of a smaller one. Example: 107374182400 (100 GiB).
     pub max_bytes: Option<u64>,
     /// The most bytes that the vectors of all namespaces, with their keys and data, may take on the disk. Their indexes take about half
     /// as much again. Default: no limit but the disk. Example: 1073741824 (1 GiB).

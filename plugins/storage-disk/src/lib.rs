@@ -1,15 +1,16 @@
 //! Keeps blobs in a folder, addressed by their BLAKE3 hash, and vectors, found by their direction.
 //!
-//! A blob is one file, `aa/bb/<id>` for an id that begins with `aabb`. It is written under another name, forced to the disk and then
-//! renamed, so under its id a file is whole or absent, also after a power cut. `store` does that, and `vectors` keeps vectors in a
-//! database of their own, both in plain blocking Rust; `plugin` carries it across to the node's asynchronous calls and streams.
+//! A blob is one file; `layout` says where, and `blob_folder` does the rest. `vectors` keeps vectors in a database of their own, in plain
+//! blocking Rust; `plugin` carries it across to the node's asynchronous calls.
 
 mod config;
-mod error;
+mod layout;
 mod plugin;
-mod store;
+#[cfg(test)]
+mod small_disk;
 mod vectors;
 
+use blob_folder::Store;
 use fabstir_plugin_api::prelude::*;
 
 pub use config::Config;
@@ -20,6 +21,6 @@ async fn init(host: Host, config: Config) -> Result<Disk> {
     config.check()?;
     let folder = config.folder(host.state_dir());
     let vectors = vectors::Vectors::new(folder.join("vectors"), config.vectors());
-    let store = plugin::blocking(move || store::Store::open(&folder, config.max_bytes)).await?;
+    let store = blob_folder::blocking(move || Store::open(&folder, layout::Shards, config.max_bytes)).await?;
     Ok(Disk::new(store, vectors, config.vectors().searches))
 }

@@ -18,12 +18,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blob_folder::disk::{self, Disk};
 use fabstir_plugin_api::storage::{Near, Vector, VectorQuery};
 use parking_lot::Mutex;
 
 pub use error::{Result, VectorError};
 
-use crate::store::free;
 use direction::{Candidate, Direction, Nearest};
 use keeper::Keeper;
 use space::{SMALLEST, Search};
@@ -84,9 +84,8 @@ impl Vectors {
         let rows: Vec<Row> = vectors.into_iter().map(row).collect::<Result<_>>()?;
         let needed = rows.iter().map(|row| (row.key.len() + 4 * row.direction.numbers().len() + row.data.len()) as u64).sum();
         self.with(still_wanted, needed, |keeper| {
-            match free(&self.folder) {
-                Some(free) if free < needed + SPARE => return Err(self.disk_full(needed + SPARE)),
-                _ => {}
+            if Disk::of(&self.folder).is_some_and(|disk| disk.free < needed + SPARE) {
+                return Err(self.disk_full(needed + SPARE));
             }
             keeper
                 .truth()
@@ -172,7 +171,7 @@ impl Vectors {
     }
 
     fn disk_full(&self, needed: u64) -> VectorError {
-        VectorError::DiskFull { needed, free: free(&self.folder), dir: self.folder.clone() }
+        VectorError::DiskFull { needed, free: Disk::of(&self.folder).map(|disk| disk.free), dir: self.folder.clone() }
     }
 
     fn keeper(&self, still_wanted: &dyn Fn() -> bool, needed: u64) -> Result<Arc<Keeper>> {
@@ -234,8 +233,7 @@ fn check_length(what: &'static str, length: usize, limit: usize) -> Result<()> {
 }
 
 fn is_full(error: &redb::Error) -> bool {
-    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
-    matches!(error, redb::Error::Io(error) if matches!(error.kind(), StorageFull | QuotaExceeded))
+    matches!(error, redb::Error::Io(error) if disk::is_full(error))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! ```text
 //! plugin     the kind's trait: translation
 //! node       what the node is made of: its identity, its endpoint, and when it is reachable
-//! store      blobs in a folder, in the layout of S5's own local store           record     pointers as entries of S5's registry
+//! layout     where blobs lie in their folder               record     pointers as entries of S5's registry
 //! serving    what other nodes may see and write            registry   the entries that are kept here
 //! peers      other nodes: what they have, and what they send
 //! ```
@@ -14,13 +14,13 @@
 
 mod config;
 mod error;
+mod layout;
 mod node;
 mod peers;
 mod plugin;
 pub mod record;
 mod registry;
 mod serving;
-mod store;
 #[cfg(test)]
 mod tests;
 

@@ -1,12 +1,14 @@
 //! What the node is made of: its identity, its endpoint, and when it is reachable.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blob_folder::disk::write_durably;
+use blob_folder::{BlobError, Ended, Store, blocking};
 use fabstir_plugin_api::plugin::Health;
 use iroh::endpoint::{BindError, NetReportConfig, PortmapperConfig, presets};
 use iroh::{Endpoint, RelayMode, SecretKey};
@@ -17,10 +19,10 @@ use tracing::{info, warn};
 
 use crate::config::Settings;
 use crate::error::NodeError;
+use crate::layout::S5Layout;
 use crate::peers::Peers;
 use crate::registry::Registry;
 use crate::serving::{Serving, transport};
-use crate::store::{Store, blocking};
 
 /// How often an address that another instance still has is tried.
 const RETRY: Duration = Duration::from_millis(200);
@@ -58,7 +60,7 @@ impl Online {
         match &*self.0.lock() {
             State::Aside(_, endpoint) => Ok(endpoint.clone()),
             State::Up(serving) => Ok(serving.endpoint.clone()),
-            State::Ended => Err(NodeError::Ended),
+            State::Ended => Err(Ended.into()),
         }
     }
 }
@@ -69,7 +71,7 @@ impl Node {
         let key = state_dir.join("node.key");
         let secret = blocking(move || identity(&key)).await?;
         let (folder, max) = (settings.folder.clone(), settings.max_bytes);
-        let store = blocking(move || Store::open(&folder, max)).await?;
+        let store = blocking(move || Store::open(&folder, S5Layout::of(&folder), max)).await?;
         let registry = Arc::new(Registry::new(&state_dir.join("registry")));
         let begin = Begin { settings, secret, store: store.clone(), registry: registry.clone() };
         let listen = begin.settings.listen;
@@ -207,19 +209,9 @@ fn identity(path: &Path) -> Result<SecretKey, NodeError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let secret = SecretKey::generate();
-            write_durably(path, hex::encode(secret.to_bytes()).as_bytes()).map_err(NodeError::io("write", path))?;
+            write_durably(path, hex::encode(secret.to_bytes()).as_bytes()).map_err(BlobError::io("write", path))?;
             Ok(secret)
         }
-        Err(error) => Err(NodeError::io("read", path)(error)),
+        Err(error) => Err(BlobError::io("read", path)(error).into()),
     }
-}
-
-/// Gives a file that only its owner may read its content, such that it is whole or absent, also after a power cut.
-fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|refused| refused.error)?;
-    File::open(folder)?.sync_all()
 }

@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blob_folder::{BlobError, Id, Store, Taking, Whole};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -23,7 +24,6 @@ use tracing::warn;
 use crate::config::Settings;
 use crate::error::NodeError;
 use crate::node::Online;
-use crate::store::{Id, Store, Taking, Whole};
 
 use door::Offer;
 
@@ -144,7 +144,7 @@ impl Peers {
 
     /// The bytes of an offer.
     async fn take(&self, offer: Offer, id: Id, store: &Arc<Store>) -> Result<Whole, Fault> {
-        let mut taking = Taking::<Bytes>::begin(store, Some(id), Some(offer.size)).await?;
+        let mut taking = Taking::<Bytes>::begin(store, Some(id), Some(offer.size)).await.map_err(NodeError::from)?;
         let mut pieces = offer.download(id, self.timeout).await?;
         let mut pace = Pace::begin(self.timeout);
         loop {
@@ -199,12 +199,12 @@ impl Pace {
 }
 
 /// Tells what a peer sent wrongly from what went wrong here.
-fn blame(error: NodeError) -> Fault {
+fn blame(error: BlobError) -> Fault {
     match error {
-        NodeError::TooMany { .. } | NodeError::WrongId { .. } => Fault::Wrong(error.to_string()),
+        BlobError::TooMany { .. } | BlobError::WrongId { .. } => Fault::Wrong(error.to_string()),
         // One that is stopped ends what it sends as if that were all.
-        NodeError::TooFew { .. } => Fault::Unreachable(format!("it broke off: {error}")),
-        own => Fault::Own(own),
+        BlobError::TooFew { .. } => Fault::Unreachable(format!("it broke off: {error}")),
+        own => Fault::Own(own.into()),
     }
 }
 

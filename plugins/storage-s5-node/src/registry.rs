@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blob_folder::{Ended, disk};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
@@ -12,7 +13,7 @@ use s5_core::{StreamKey, StreamMessage};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
-use crate::error::{NodeError, is_full};
+use crate::error::NodeError;
 use crate::record;
 
 /// How long an instance waits for one that is about to end, as where one version takes over from another.
@@ -88,7 +89,7 @@ impl Registry {
 
     /// Stores an entry that another node has sent, unless one that is not older is there.
     pub async fn store_for(&self, guest: [u8; 32], entry: StreamMessage) -> Result<(), NodeError> {
-        let _turn = self.guests.acquire().await.map_err(|_| NodeError::Ended)?;
+        let _turn = self.guests.acquire().await.map_err(|_| Ended)?;
         self.write(entry, Some(guest)).await
     }
 
@@ -124,7 +125,7 @@ impl Registry {
                 }
                 Err(self.failed(error))
             }
-            Err(_) => Err(NodeError::Ended),
+            Err(_) => Err(Ended.into()),
         }
     }
 
@@ -133,7 +134,7 @@ impl Registry {
         loop {
             let turn = match &mut *self.state.lock() {
                 State::Open(db) => return Ok(db.clone()),
-                State::Ended => return Err(NodeError::Ended),
+                State::Ended => return Err(Ended.into()),
                 State::Opening => None,
                 state => {
                     *state = State::Opening;
@@ -156,7 +157,7 @@ impl Registry {
     }
 
     fn failed(&self, error: redb::Error) -> NodeError {
-        let full = matches!(&error, redb::Error::Io(why) if is_full(why));
+        let full = matches!(&error, redb::Error::Io(why) if disk::is_full(why));
         NodeError::Registry { dir: self.dir.clone(), why: error.to_string(), full }
     }
 }
@@ -251,7 +252,7 @@ mod tests {
         assert_eq!(ours.store(entry(1, 4)).await.unwrap(), Some(entry(1, 5)), "an older one is not stored");
         assert_eq!(ours.store(entry(1, 6)).await.unwrap(), Some(entry(1, 6)));
         ours.close();
-        assert!(matches!(ours.entry(&entry(1, 0).key).await, Err(NodeError::Ended)));
+        assert!(matches!(ours.entry(&entry(1, 0).key).await, Err(NodeError::Ended(_))));
         let theirs = RedbRegistry::open(dir.path()).unwrap();
         assert_eq!(theirs.get(&entry(1, 0).key).await.unwrap(), Some(entry(1, 6)));
     }
@@ -308,7 +309,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(100)).await;
             second.close();
         });
-        assert!(matches!(answer, Err(NodeError::Ended)), "{answer:?}");
+        assert!(matches!(answer, Err(NodeError::Ended(_))), "{answer:?}");
         assert!(started.elapsed() < HAND_OVER / 2);
     }
 }

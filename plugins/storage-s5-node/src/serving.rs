@@ -13,6 +13,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blob_folder::Store;
 use iroh::Endpoint;
 use iroh::endpoint::{Connection, Incoming, QuicTransportConfig, VarInt};
 use parking_lot::Mutex;
@@ -23,7 +24,6 @@ use tokio::time::timeout;
 
 use crate::config::Settings;
 use crate::registry::Registry;
-use crate::store::Store;
 
 use checks::Checks;
 use places::Places;

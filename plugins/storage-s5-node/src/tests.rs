@@ -89,7 +89,7 @@ impl Instance {
 
     #[track_caller]
     fn file(&self, id: &str) -> std::path::PathBuf {
-        self.s5.node.store.path(crate::store::Id::parse(id).expect("an id"))
+        self.s5.node.store.path(blob_folder::Id::parse(id).expect("an id"))
     }
 
     async fn listed(&self) -> usize {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blob_folder::{Ended, bytes, code_of};
 use fabstir_plugin_api::prelude::*;
 
 use crate::cid::{Id, NameError};
@@ -32,13 +33,13 @@ pub enum S5Error {
     #[error("blob {id} cannot be read: {why}: put it again to repair it or to keep it on another portal, or delete it")]
     Corrupt { id: Id, why: String },
     #[error(
-        "the disk is full: {needed} bytes or more would have to wait in {}, {free} are free there, and 1 GiB or a tenth of the disk stays so: \
-         free some space",
-        dir.display()
+        "the disk is full: {} or more would have to wait in {}, {} are free there, and {} of these stay so: free some space",
+        bytes(*needed), dir.display(), bytes(*free), bytes(*stays)
     )]
-    DiskFull { needed: u64, free: u64, dir: PathBuf },
+    DiskFull { needed: u64, free: u64, stays: u64, dir: PathBuf },
     #[error(
-        "{needed} bytes or more would have to wait on the disk, {used} of `spool_max_bytes` {max} are in use: try again, or raise it"
+        "{} or more would have to wait on the disk, {} of `spool_max_bytes` {} are in use: try again, or raise it",
+        bytes(*needed), bytes(*used), bytes(*max)
     )]
     SpoolFull { needed: u64, used: u64, max: u64 },
     /// Nobody is to blame but the portals, and later they may do it.
@@ -53,8 +54,8 @@ pub enum S5Error {
     NoPointer(String),
     #[error("revision {revision} of the pointer is not newer than the known revision {known}: sign a higher one")]
     OldRevision { revision: u64, known: u64 },
-    #[error("the caller gave up")]
-    Cancelled,
+    #[error(transparent)]
+    Ended(#[from] Ended),
     /// The operating system said no.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io { doing: &'static str, path: PathBuf, source: io::Error },
@@ -83,13 +84,8 @@ impl From<S5Error> for PluginError {
             S5Error::Portals { busy: true, .. } => Code::Overloaded,
             S5Error::Portals { busy: false, .. } => Code::Unavailable,
             S5Error::Refused { .. } => Code::Denied,
-            S5Error::Cancelled => Code::Cancelled,
-            S5Error::Io { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Code::Denied,
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::Full,
-                // A missing file of ours is no missing blob.
-                _ => Code::Internal,
-            },
+            S5Error::Io { source, .. } => code_of(source),
+            S5Error::Ended(_) => Code::Unavailable,
         };
         let plain = PluginError::new(code, error.to_string());
         match error {

@@ -14,11 +14,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blob_folder::disk::write_durably;
 use serde::{Deserialize, Serialize};
 
 use crate::cid::Id;
 use crate::error::S5Error;
-use crate::spool::write_durably;
 use crate::tree::Tree;
 
 /// The folders. Every method blocks on the disk.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use blob_folder::{blocking, finished};
 use fabstir_plugin_api::prelude::*;
 use tracing::warn;
 
@@ -11,7 +12,6 @@ use crate::config::Config;
 use crate::error::S5Error;
 use crate::pointer::{self, Key, MOST_DATA};
 use crate::portals::Portals;
-use crate::spool::{blocking, finished};
 
 /// Pieces that a get reads ahead of its consumer.
 const READ_AHEAD: usize = 2;

@@ -2,14 +2,13 @@
 //!
 //! A file of the spool has no name. Whatever ends the process, the disk is free again.
 
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use blob_folder::disk::{self, Disk};
 use bytes::Bytes;
 use futures::Stream;
 use futures::stream::try_unfold;
@@ -22,10 +21,6 @@ use crate::tree::{Growing, Tree};
 
 /// Bytes that are read from a file at once.
 const PIECE: u64 = 256 << 10;
-
-/// What stays free on the disk for others: this much, or a tenth of a smaller disk. A portal that sends without end must not stop the node, which
-/// has its journal there.
-const STAYS_FREE: u64 = 1 << 30;
 
 /// Pieces that wait for the disk.
 const WAITING: usize = 4;
@@ -95,41 +90,13 @@ impl Spool {
     }
 
     fn failed(&self, needed: u64, error: io::Error) -> S5Error {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                S5Error::DiskFull { needed, free: room(&self.dir).map_or(0, |room| room.free), dir: self.dir.clone() }
-            }
-            _ => S5Error::io("write in", &self.dir)(error),
-        }
+        if disk::is_full(&error) { self.disk_full(needed) } else { S5Error::io("write in", &self.dir)(error) }
     }
-}
 
-/// What a disk has, in bytes.
-struct DiskRoom {
-    free: u64,
-    all: u64,
-}
-
-impl DiskRoom {
-    /// What blobs may take of it.
-    fn for_blobs(&self) -> u64 {
-        self.free.saturating_sub(STAYS_FREE.min(self.all / 10))
+    fn disk_full(&self, needed: u64) -> S5Error {
+        let disk = Disk::of(&self.dir).unwrap_or_default();
+        S5Error::DiskFull { needed, free: disk.free, stays: disk.stays_free(), dir: self.dir.clone() }
     }
-}
-
-/// The disk of a folder; `None` where it does not tell.
-fn room(folder: &Path) -> Option<DiskRoom> {
-    let path = CString::new(folder.as_os_str().as_bytes()).ok()?;
-    let mut disk = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends with NUL, and `statvfs` fills the structure before it returns 0.
-    let disk = unsafe {
-        if libc::statvfs(path.as_ptr(), disk.as_mut_ptr()) != 0 {
-            return None;
-        }
-        disk.assume_init()
-    };
-    let bytes = |blocks: libc::fsblkcnt_t| blocks.saturating_mul(disk.f_frsize);
-    Some(DiskRoom { free: bytes(disk.f_bavail), all: bytes(disk.f_blocks) })
 }
 
 impl Room {
@@ -138,9 +105,8 @@ impl Room {
         if let Some(max) = self.spool.max.filter(|&max| used.saturating_add(bytes) > max) {
             return Err(S5Error::SpoolFull { needed: self.bytes.saturating_add(bytes), used: *used - self.bytes, max });
         }
-        if let Some(disk) = room(&self.spool.dir).filter(|disk| disk.for_blobs() < bytes) {
-            let needed = self.bytes.saturating_add(bytes);
-            return Err(S5Error::DiskFull { needed, free: disk.free, dir: self.spool.dir.clone() });
+        if Disk::of(&self.spool.dir).is_some_and(|disk| disk.for_blobs() < bytes) {
+            return Err(self.spool.disk_full(self.bytes.saturating_add(bytes)));
         }
         *used = used.saturating_add(bytes);
         self.bytes = self.bytes.saturating_add(bytes);
@@ -177,38 +143,9 @@ impl Spooled {
     }
 }
 
-/// Waits for a task that blocks.
-pub async fn finished<T>(task: JoinHandle<Result<T, S5Error>>) -> Result<T, S5Error> {
-    match task.await {
-        Ok(result) => result,
-        Err(stopped) if stopped.is_panic() => std::panic::resume_unwind(stopped.into_panic()),
-        Err(_) => Err(S5Error::Cancelled),
-    }
-}
-
-/// Runs work that blocks on a thread that may.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, S5Error> + Send + 'static) -> Result<T, S5Error> {
-    finished(spawn_blocking(work)).await
-}
-
-/// Gives a file its content such that it is whole or as before, also after a power cut.
-pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    if !folder.is_dir() {
-        fs::create_dir_all(folder)?;
-        if let Some(above) = folder.parent() {
-            File::open(above)?.sync_all()?;
-        }
-    }
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|refused| refused.error)?;
-    File::open(folder)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
+    use blob_folder::finished;
     use futures::TryStreamExt;
 
     use super::*;
@@ -246,11 +183,6 @@ mod tests {
 
     #[tokio::test]
     async fn disk_is_not_filled_to_its_end() {
-        const GIB: u64 = 1 << 30;
-        let disk = |free, all| DiskRoom { free, all }.for_blobs();
-        assert_eq!((disk(300 * GIB, 1000 * GIB), disk(GIB, 1000 * GIB)), (299 * GIB, 0));
-        assert_eq!((disk(1000, 1000), disk(101, 1000), disk(50, 1000)), (900, 1, 0));
-
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::open(dir.path().into(), None).unwrap();
         let full = put(&spool, &[b"a"], Some(1 << 60)).await.unwrap_err();

@@ -98,3 +98,22 @@ async fn a_conversation_remembers_what_was_said() {
     terminal.type_in(CTRL_D);
     assert_eq!(terminal.exit(LIMIT), 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_gives_the_terminal_no_commands() {
+    let node = Node::start(ECHO).await;
+    // A new title for the window, and letters that run the other way.
+    let question = "before \u{1b}]0;taken over\u{7} between \u{202e} after";
+    let mut command = node.place.command();
+    command.args(["chat", "--url", &node.url, question]);
+    let mut terminal = Terminal::open(command);
+    let shown = terminal.shows("after", LIMIT);
+    assert!(shown.contains("]0;taken over"), "what would be a command is text: {shown:?}");
+    assert!(!shown.contains(['\u{7}', '\u{202e}']), "{shown:?}");
+    assert_eq!(terminal.exit(LIMIT), 0);
+    // A pipe gets what was said.
+    let mut command = node.place.command();
+    command.args(["chat", "--url", &node.url, question]);
+    let ran = tokio::task::spawn_blocking(move || finish(command, "", LIMIT)).await.expect("the command was run");
+    assert_eq!(ran.out.trim_end(), question);
+}

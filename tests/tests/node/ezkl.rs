@@ -9,7 +9,7 @@ use fabstir_tests::peers::{NET, Provider};
 use fabstir_tests::{LIMIT, Place, eventually, process, repository};
 use serde_json::{Value, json};
 
-use crate::proofs::proving_node;
+use crate::proofs::{file_below, proving_node};
 
 /// The plugin with its engine and further settings.
 fn prover(settings: &str) -> String {
@@ -124,4 +124,28 @@ async fn a_job_is_proven_by_ezkl_although_its_engine_is_killed() {
 #[tokio::test]
 async fn a_job_is_proven_by_ezkl_although_its_engine_hangs() {
     proven_though("prove_timeout_ms = 8000", libc::SIGSTOP).await;
+}
+
+#[tokio::test]
+async fn keys_that_are_damaged_while_a_node_runs_are_made_anew() {
+    let prover = prover("");
+    let chain = DevChain::start().expect("a chain");
+    let (node, program) = proving_node(&chain, &prover, "commitment").await;
+    node.node.logged(&["Jobs can be proven."]).await;
+    let keys = file_below(node.node.place.path(), "pk").expect("the keys are there");
+    let mut bytes = fs::read(&keys).expect("reads");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&keys, bytes).expect("writes");
+    // The job is lost, since nobody has its keys any more. Others are promised by new ones.
+    let client = place(&chain, CLIENT, "", "", NET);
+    let proof = format!("commitment:{program}");
+    let post = ["job", "post", "--json", "--model", "tiny-chat", "--max", "0.1eth", "--temperature", "0", "--proof", &proof];
+    client.ran(&[&post[..], &["--bootstrap", &node.address, "What is the capital of France?"]].concat());
+    eventually("there are other keys", 4 * LIMIT, async || {
+        let ls = node.node.place.ran(&["proof", "ls", "--json"]).json();
+        let now = ls["statements"][0]["statement"]["program"].as_str().map(str::to_owned);
+        now.is_some_and(|now| now != program).then_some(())
+    })
+    .await;
 }

@@ -177,7 +177,8 @@ async fn keys_that_were_damaged_are_made_again_before_anything_is_promised() {
     assert!(after.is_string() && after != before, "{before} {after}");
 }
 
-fn file_below(folder: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
+/// The first file of this name below a folder.
+pub fn file_below(folder: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
     fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find_map(|path| match path.is_dir() {
         true => file_below(&path, name),
         false => path.file_name().is_some_and(|found| found == name).then_some(path),

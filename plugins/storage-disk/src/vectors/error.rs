@@ -3,9 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use blob_folder::{Ended, bytes};
 use fabstir_plugin_api::prelude::*;
-
-use crate::error::bytes;
 
 pub type Result<T, E = VectorError> = std::result::Result<T, E>;
 
@@ -65,6 +64,12 @@ impl VectorError {
     /// For `map_err` on calls of the index.
     pub fn index(error: impl std::fmt::Display) -> Self {
         Self::Index(error.to_string())
+    }
+}
+
+impl From<Ended> for VectorError {
+    fn from(_: Ended) -> Self {
+        Self::Closed
     }
 }
 

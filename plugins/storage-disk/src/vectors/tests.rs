@@ -1,12 +1,11 @@
 use std::collections::HashMap;
-use std::ffi::CString;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use fabstir_plugin_api::prelude::*;
 
 use super::*;
+use crate::small_disk::on_a_small_disk;
 
 mod crash;
 
@@ -441,29 +440,11 @@ fn many_at_once_find_what_was_put_and_nothing_deleted() {
     });
 }
 
-/// A disk of this thread's own, where the kernel lets us mount one.
-fn small_disk(at: &Path, options: &std::ffi::CStr) -> std::io::Result<()> {
-    let at = CString::new(at.as_os_str().as_bytes()).unwrap();
-    let succeeded = |result: i32| if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
-    // SAFETY: all strings end with NUL. The new mount namespace is this thread's alone, and nothing mounted in it spreads.
-    unsafe {
-        succeeded(libc::unshare(libc::CLONE_NEWNS))?;
-        let (none, flags) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
-        succeeded(libc::mount(c"none".as_ptr(), c"/".as_ptr(), none, flags, none.cast()))?;
-        succeeded(libc::mount(c"tmpfs".as_ptr(), at.as_ptr(), c"tmpfs".as_ptr(), 0, options.as_ptr().cast()))
-    }
-}
-
 #[test]
 fn full_disk_is_told_and_loses_nothing() {
     let root = tempfile::tempdir().unwrap();
-    let path = root.path().to_owned();
-    // The namespace, and with it the mount, ends with the thread.
-    let on_a_small_disk = thread::spawn(move || {
-        if let Err(error) = small_disk(&path, c"size=8m") {
-            eprintln!("SKIPPED: cannot mount a small tmpfs here ({error}); run as root to test a full disk");
-            return;
-        }
+    let path = root.path();
+    on_a_small_disk(path, c"size=8m", || {
         let folder = path.join("vectors");
         let vectors = open(&folder);
         let batch = |start: u64| (start..start + 20).map(|seed| vector(seed, 384)).collect::<Vec<_>>();
@@ -487,7 +468,7 @@ fn full_disk_is_told_and_loses_nothing() {
             }
             next += 20;
             if round == 60 {
-                let left = free(&path).unwrap() - SPARE - 40_000;
+                let left = Disk::of(path).unwrap().free - SPARE - 40_000;
                 fs::write(&hog, vec![1; left as usize]).unwrap();
             }
             if round % 10 == 0 || !told.is_empty() {
@@ -505,5 +486,4 @@ fn full_disk_is_told_and_loses_nothing() {
         vectors.close();
         assert_eq!(find(&open(&folder), "a", values(1, 384), 1000).len(), oracle.0.len().min(1000));
     });
-    on_a_small_disk.join().unwrap();
 }

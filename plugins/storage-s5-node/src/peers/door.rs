@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use blob_folder::Id;
 use bytes::Bytes;
 use iroh::EndpointAddr;
 use iroh::endpoint::{
@@ -16,7 +17,6 @@ use tokio::time::timeout;
 
 use super::{Fault, Peer, Peers};
 use crate::serving::code;
-use crate::store::Id;
 
 /// What TLS says where two sides have no protocol in common.
 const NO_APPLICATION_PROTOCOL: u8 = 120;
@@ -62,7 +62,7 @@ pub(super) struct Offer {
 impl Offer {
     /// Begins to read. The pieces end early where the peer has not what it said.
     pub async fn download(&self, id: Id, limit: Duration) -> Result<mpsc::Receiver<Bytes>, Fault> {
-        let request = DownloadBlob { hash: *id.0.as_bytes(), offset: 0, max_len: Some(self.size) };
+        let request = DownloadBlob { hash: id.0, offset: 0, max_len: Some(self.size) };
         self.line.answer(limit, self.line.client.server_streaming(request, WAITING)).await
     }
 
@@ -104,7 +104,7 @@ impl Peers {
         if door == ALPN_ACL {
             self.prove(peer, &line).await?;
         }
-        let query = Query { hash: *id.0.as_bytes(), location_types: Default::default(), blinded: false };
+        let query = Query { hash: id.0, location_types: Default::default(), blinded: false };
         let found = line.answer(self.timeout, line.client.rpc(query)).await?;
         Ok(found.size.filter(|_| found.exists).map(|size| (size, line)))
     }

@@ -1,17 +1,15 @@
 //! Blobs for others, by S5's protocol. They change nothing here, and what is damaged is not there.
 
+use blob_folder::{BlobError, Id, Opened, blocking};
 use bytes::Bytes;
 use ed25519_dalek::{Signature, VerifyingKey};
 use iroh::endpoint::Connection;
 use irpc::channel::mpsc;
 use s5_blobs::rpc::{AuthChallengeResponse, AuthProve, DownloadBlob, Query, QueryResponse, RpcMessage, RpcProto};
-use s5_core::Hash;
 use tokio::time::timeout;
 
 use super::checks::{SMALL, found};
 use super::{House, PATIENCE, code, request};
-use crate::error::NodeError;
-use crate::store::{Id, Opened, blocking};
 
 /// Bytes of one message.
 const MESSAGE: usize = 64 << 10;
@@ -62,8 +60,8 @@ impl House {
     }
 
     /// Whether a blob is here. It says so of one that is too large to be read through first, too.
-    async fn look(&self, query: &Query) -> Result<QueryResponse, NodeError> {
-        let id = Id(Hash::from_bytes(query.hash));
+    async fn look(&self, query: &Query) -> Result<QueryResponse, BlobError> {
+        let id = Id(query.hash);
         if query.blinded {
             return Ok(QueryResponse::default());
         }
@@ -76,14 +74,14 @@ impl House {
         Ok(QueryResponse { exists, size: exists.then_some(opened.size), ..QueryResponse::default() })
     }
 
-    async fn open(&self, id: Id) -> Result<Option<Opened>, NodeError> {
+    async fn open(&self, id: Id) -> Result<Option<Opened>, BlobError> {
         let store = self.store.clone();
         blocking(move || store.open_file(id)).await
     }
 
     /// Sends a blob or a part of it. What is not here ends without a byte; an error means that what was sent is not all.
-    async fn send(&self, asked: &DownloadBlob, to: &mpsc::Sender<Bytes>) -> Result<(), NodeError> {
-        let id = Id(Hash::from_bytes(asked.hash));
+    async fn send(&self, asked: &DownloadBlob, to: &mpsc::Sender<Bytes>) -> Result<(), BlobError> {
+        let id = Id(asked.hash);
         let Some(opened) = self.open(id).await? else { return Ok(()) };
         let (stamp, size) = (opened.stamp, opened.size);
         let is_part = asked.offset > 0 || asked.max_len.is_some_and(|most| most < size);
@@ -100,13 +98,13 @@ impl House {
             reader = reader.trusting();
         }
         loop {
-            let (piece, rest) = blocking(move || Ok((reader.next_piece(), reader))).await?;
+            let (piece, rest) = blocking(move || Ok::<_, BlobError>((reader.next_piece(), reader))).await?;
             reader = rest;
             match piece {
                 Ok(Some(piece)) => send_piece(piece.into(), to).await?,
                 Ok(None) => break,
                 Err(error) => {
-                    if matches!(error, NodeError::Corrupt { .. }) {
+                    if matches!(error, BlobError::Corrupt { .. }) {
                         found(&self.store, id, stamp, false);
                     }
                     return Err(error);
@@ -120,12 +118,12 @@ impl House {
     }
 }
 
-async fn send_piece(mut piece: Bytes, to: &mpsc::Sender<Bytes>) -> Result<(), NodeError> {
+async fn send_piece(mut piece: Bytes, to: &mpsc::Sender<Bytes>) -> Result<(), BlobError> {
     while !piece.is_empty() {
         let message = piece.split_to(piece.len().min(MESSAGE));
         match timeout(PATIENCE, to.send(message)).await {
             Ok(Ok(())) => {}
-            _ => return Err(NodeError::Cancelled),
+            _ => return Err(BlobError::Cancelled),
         }
     }
     Ok(())

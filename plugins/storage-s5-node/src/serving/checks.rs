@@ -6,15 +6,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use blob_folder::{Id, Stamp, Store, is_whole};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
-use s5_core::Hash;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tracing::warn;
-
-use crate::store::{Id, Stamp, Store, is_whole};
 
 /// Files that are read through at once.
 const CHECKS: usize = 2;
@@ -22,7 +20,7 @@ const CHECKS: usize = 2;
 /// Files up to this size are read through while whoever has asked waits.
 pub const SMALL: u64 = 16 << 20;
 
-type Running = Arc<Mutex<HashMap<Hash, Shared<BoxFuture<'static, bool>>>>>;
+type Running = Arc<Mutex<HashMap<Id, Shared<BoxFuture<'static, bool>>>>>;
 
 #[derive(Debug)]
 pub struct Checks {
@@ -38,7 +36,7 @@ impl Checks {
 
     /// Reads a file through, together with all who wait for the same.
     pub async fn is_sound(&self, id: Id, stamp: Stamp) -> bool {
-        let check = self.running.lock().entry(id.0).or_insert_with(|| self.begin(id, stamp)).clone();
+        let check = self.running.lock().entry(id).or_insert_with(|| self.begin(id, stamp)).clone();
         check.await
     }
 
@@ -52,7 +50,7 @@ impl Checks {
             if let Ok(Ok(whole)) = whole {
                 found(&store, id, stamp, whole);
             }
-            running.lock().remove(&id.0);
+            running.lock().remove(&id);
             matches!(whole, Ok(Ok(true)))
         });
         check.map(|sound| sound.unwrap_or(false)).boxed().shared()
@@ -73,17 +71,18 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+    use crate::layout::S5Layout;
 
     #[tokio::test]
     async fn all_who_ask_for_a_file_wait_for_one_check() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path(), None).unwrap();
+        let store = Store::open(dir.path(), S5Layout::of(dir.path()), None).unwrap();
         let mut incoming = store.begin(None, None).unwrap();
         incoming.write(b"sound").unwrap();
         let id = store.keep(incoming.finish().unwrap(), || true).unwrap().id;
         let stamp = |store: &Store| store.open_file(id).unwrap().unwrap().stamp;
         assert_eq!(store.verdict(id, stamp(&store)), Some(true), "what was put is known");
-        let store = Store::open(dir.path(), None).unwrap();
+        let store = Store::open(dir.path(), S5Layout::of(dir.path()), None).unwrap();
         assert_eq!(store.verdict(id, stamp(&store)), None);
 
         let checks = Checks::new(store.clone());

@@ -71,7 +71,7 @@ async fn large_blob_of_before_the_start_is_sent_while_it_is_checked() {
     let id = host.put(&bytes).await.expect("is put");
     let known = |host: &Instance| {
         let store = &host.s5.node.store;
-        let id = crate::store::Id::parse(&id).expect("an id");
+        let id = blob_folder::Id::parse(&id).expect("an id");
         let opened = store.open_file(id).expect("is read").expect("is there");
         store.verdict(id, opened.stamp)
     };
@@ -106,7 +106,7 @@ async fn s5s_own_client_reads_parts() {
     let (node, address) = public.address().await;
     let address = iroh::EndpointAddr::new(node.parse().expect("an id")).with_ip_addr(address);
     let client = s5_blobs::Client::connect_with_addr(guest.s5.node.endpoint(), address, s5_blobs::ALPN_PUBLIC);
-    let hash = crate::store::Id::parse(&id).expect("an id").0;
+    let hash = crate::layout::hash(blob_folder::Id::parse(&id).expect("an id"));
     let part = client.download_bytes(hash, MIB as u64, Some(100)).await.expect("is read");
     assert_eq!(part, bytes[MIB..][..100]);
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use blob_folder::blocking;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LOCATION};
 use reqwest::{Method, RequestBuilder, Url};
 use tracing::{debug, info};
@@ -13,7 +14,7 @@ use super::{Fault, Portal};
 use crate::cid::Cid;
 use crate::error::S5Error;
 use crate::ledger::Ledger;
-use crate::spool::{Spooled, blocking};
+use crate::spool::Spooled;
 
 /// Breaks after which an upload is given up that has not got on between them. What was sent is kept for the next try.
 const BREAKS: u32 = 3;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use blob_folder::blocking;
 use tracing::{info, warn};
 
 use super::reading::Groups;
@@ -10,7 +11,7 @@ use crate::cid::{Cid, Id};
 use crate::error::S5Error;
 use crate::ledger::Kept;
 use crate::portal::{Fault, Portal, Stored, UploadError};
-use crate::spool::{Spooled, blocking};
+use crate::spool::Spooled;
 use crate::tree::{GROUP, Tree};
 
 impl Portals {

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blob_folder::{blocking, finished};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use tokio::time::Instant;
@@ -16,7 +17,7 @@ use super::{Portals, ROUNDS};
 use crate::cid::{Cid, Id};
 use crate::error::S5Error;
 use crate::portal::{Fault, Part};
-use crate::spool::{Spooled, blocking, finished};
+use crate::spool::Spooled;
 use crate::tree::{GROUP, Tree};
 
 /// How often `timeout_ms` fits into the time that a portal has for a blob of unknown size in the first round; in each further round it is so many

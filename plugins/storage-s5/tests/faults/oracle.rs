@@ -13,7 +13,11 @@ fn installed() -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache"))).unwrap_or_default();
     let folder = cache.join("fabstir-node/clients/s5");
-    assert!(folder.join("node_modules/@lumeweb/libs5").is_dir(), "@lumeweb/libs5 is not in {}; `make clients` installs it", folder.display());
+    assert!(
+        folder.join("node_modules/@lumeweb/libs5").is_dir(),
+        "@lumeweb/libs5 is not in {}; `make clients` installs it",
+        folder.display()
+    );
     folder
 }
 

@@ -5,9 +5,8 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 
 use parking_lot::Mutex;
-use s5_core::Hash;
 
-use super::Id;
+use crate::Id;
 
 /// Files that are remembered.
 const REMEMBERED: usize = 100_000;
@@ -28,11 +27,11 @@ impl Stamp {
 
 /// Whether files have the bytes of their blobs, as far as it is known.
 #[derive(Debug, Default)]
-pub struct Verdicts(Mutex<HashMap<Hash, (Stamp, bool)>>);
+pub struct Verdicts(Mutex<HashMap<Id, (Stamp, bool)>>);
 
 impl Verdicts {
     pub fn get(&self, id: Id, stamp: Stamp) -> Option<bool> {
-        let known = self.0.lock().get(&id.0).copied();
+        let known = self.0.lock().get(&id).copied();
         known.and_then(|(known, sound)| (known == stamp).then_some(sound))
     }
 
@@ -43,6 +42,6 @@ impl Verdicts {
         {
             known.remove(&any);
         }
-        known.insert(id.0, (stamp, sound));
+        known.insert(id, (stamp, sound));
     }
 }

@@ -6,12 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use s5_core::Hash;
 use tempfile::{Builder, NamedTempFile};
 
-use super::space::{Room, free};
-use super::{Found, INCOMING, Id, Reader, Result, Stamp, Store, is_whole};
-use crate::error::{NodeError, is_full};
+use crate::space::Room;
+use crate::{BlobError, Found, Id, Reader, Result, Stamp, Store, is_whole};
 
 /// How often folders are made anew that a delete removes at the same moment.
 const TRIES: usize = 20;
@@ -30,7 +28,9 @@ pub struct Incoming {
 /// A blob that has come whole, and is not kept yet. Dropping it removes it.
 #[derive(Debug)]
 pub struct Whole {
+    /// Which blob.
     pub id: Id,
+    /// Its size in bytes.
     pub size: u64,
     file: NamedTempFile,
     room: Room,
@@ -38,15 +38,21 @@ pub struct Whole {
 
 impl Store {
     /// Begins to take a blob. `expect` and `size` are what is said about the bytes to come.
+    ///
+    /// # Errors
+    /// [`BlobError::DiskFull`] and [`BlobError::QuotaFull`], also later; [`BlobError::Io`].
     pub fn begin(self: &Arc<Self>, expect: Option<Id>, size: Option<u64>) -> Result<Incoming> {
         let mut room = Room::new(self);
         room.reach(size.unwrap_or(0))?;
-        let folder = self.root.join(INCOMING);
+        let folder = self.root.join(self.layout.incoming());
         let file = create(&folder).map_err(|error| self.failed(size.unwrap_or(0), error))?;
         Ok(Incoming { file, hasher: blake3::Hasher::new(), size: 0, expect, expected_size: size, room })
     }
 
     /// Keeps a blob: afterwards it survives a power cut. `still_wanted` is asked at the last moment.
+    ///
+    /// # Errors
+    /// [`BlobError::Cancelled`] where it is not, [`BlobError::DiskFull`], [`BlobError::Io`].
     pub fn keep(self: &Arc<Self>, whole: Whole, still_wanted: impl FnOnce() -> bool) -> Result<Found> {
         let Whole { id, size, file, room } = whole;
         let path = self.path(id);
@@ -58,7 +64,7 @@ impl Store {
         } else {
             file.as_file().sync_all().map_err(failed)?;
             if !still_wanted() {
-                return Err(NodeError::Cancelled);
+                return Err(BlobError::Cancelled);
             }
             self.persist(file, &path, room).map_err(failed)?;
         }
@@ -100,21 +106,17 @@ impl Store {
             Ok(()) => self.sync_name(path),
         }
     }
-
-    fn failed(&self, needed: u64, error: io::Error) -> NodeError {
-        match is_full(&error) {
-            true => NodeError::DiskFull { needed, free: free(&self.root), dir: self.root.clone() },
-            false => NodeError::io("write in", &self.root)(error),
-        }
-    }
 }
 
 impl Incoming {
     /// Takes more of the bytes.
+    ///
+    /// # Errors
+    /// [`BlobError::TooMany`], [`BlobError::DiskFull`], [`BlobError::QuotaFull`], [`BlobError::Io`].
     pub fn write(&mut self, piece: &[u8]) -> Result<()> {
         let size = self.size + piece.len() as u64;
         if let Some(expected) = self.expected_size.filter(|&expected| size > expected) {
-            return Err(NodeError::TooMany { expected, actual: size });
+            return Err(BlobError::TooMany { expected, actual: size });
         }
         self.room.reach(size)?;
         self.file.as_file_mut().write_all(piece).map_err(|error| self.room.store.failed(size, error))?;
@@ -125,14 +127,17 @@ impl Incoming {
     }
 
     /// Ends it, if it is what was expected.
+    ///
+    /// # Errors
+    /// [`BlobError::TooFew`], [`BlobError::WrongId`].
     pub fn finish(self) -> Result<Whole> {
         let Self { file, hasher, size, expect, expected_size, room } = self;
-        let id = Id(Hash::from(hasher.finalize()));
+        let id = Id::from(hasher.finalize());
         if let Some(expected) = expected_size.filter(|&expected| size < expected) {
-            return Err(NodeError::TooFew { expected, actual: size });
+            return Err(BlobError::TooFew { expected, actual: size });
         }
         if let Some(expected) = expect.filter(|expected| *expected != id) {
-            return Err(NodeError::WrongId { expected, actual: id });
+            return Err(BlobError::WrongId { expected, actual: id });
         }
         Ok(Whole { id, size, file, room })
     }
@@ -140,9 +145,12 @@ impl Incoming {
 
 impl Whole {
     /// Reads a blob that is not kept. It is gone when the reader is.
+    ///
+    /// # Errors
+    /// [`BlobError::PastTheEnd`], [`BlobError::Io`].
     pub fn read(self, offset: u64, length: Option<u64>) -> Result<Reader> {
         let path = self.file.path().to_owned();
-        let file = self.file.reopen().map_err(NodeError::io("read", &path))?;
+        let file = self.file.reopen().map_err(BlobError::io("read", &path))?;
         Reader::new(self.id, file, &path, offset, length).map(|reader| reader.holding(Box::new(self)))
     }
 }

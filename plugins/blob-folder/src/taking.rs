@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use super::{Id, Incoming, Result, Store, Whole, blocking};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use crate::{Ended, Id, Incoming, Result, Store, Whole};
 
 /// Small pieces are gathered up to this size, so that a trip to another thread is paid once for many.
 const GATHER: usize = 256 << 10;
 
 /// An incoming blob between two pieces. Where it is dropped unfinished, its file is removed, and that too may block.
+#[derive(Debug)]
 pub struct Taking<B: AsRef<[u8]> + Send + 'static> {
     incoming: Option<Incoming>,
     gathered: Vec<B>,
@@ -15,12 +18,20 @@ pub struct Taking<B: AsRef<[u8]> + Send + 'static> {
 }
 
 impl<B: AsRef<[u8]> + Send + 'static> Taking<B> {
+    /// Begins to take a blob. `expect` and `size` are what is said about the bytes to come.
+    ///
+    /// # Errors
+    /// As [`Store::begin`].
     pub async fn begin(store: &Arc<Store>, expect: Option<Id>, size: Option<u64>) -> Result<Self> {
         let store = store.clone();
         let incoming = blocking(move || store.begin(expect, size)).await?;
         Ok(Self { incoming: Some(incoming), gathered: Vec::new(), bytes: 0 })
     }
 
+    /// Takes more of the bytes.
+    ///
+    /// # Errors
+    /// As [`Incoming::write`], of these bytes or earlier ones.
     pub async fn write(mut self, piece: B) -> Result<Self> {
         // Any number of them would be gathered.
         if piece.as_ref().is_empty() {
@@ -31,6 +42,10 @@ impl<B: AsRef<[u8]> + Send + 'static> Taking<B> {
         if self.bytes < GATHER { Ok(self) } else { blocking(move || self.flush()).await }
     }
 
+    /// Ends it, if it is what was expected.
+    ///
+    /// # Errors
+    /// As [`Incoming::write`] and [`Incoming::finish`].
     pub async fn finish(self) -> Result<Whole> {
         blocking(move || self.flush()?.take().finish()).await
     }
@@ -60,5 +75,29 @@ impl<B: AsRef<[u8]> + Send + 'static> Drop for Taking<B> {
         {
             runtime.spawn_blocking(move || drop(incoming));
         }
+    }
+}
+
+/// Runs work that blocks on a thread that may.
+///
+/// # Errors
+/// What it ends with, and [`Ended`] where the runtime does.
+pub async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<Ended> + Send + 'static,
+{
+    finished(spawn_blocking(work)).await
+}
+
+/// Waits for work on a thread that may block.
+///
+/// # Errors
+/// As [`blocking`].
+pub async fn finished<T, E: From<Ended>>(work: JoinHandle<Result<T, E>>) -> Result<T, E> {
+    match work.await {
+        Ok(result) => result,
+        Err(stopped) if stopped.is_panic() => std::panic::resume_unwind(stopped.into_panic()),
+        Err(_) => Err(Ended.into()),
     }
 }
