@@ -7,6 +7,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use crate::process;
+
 /// The number that development chains have.
 const CHAIN_ID: u64 = 31337;
 
@@ -77,23 +79,11 @@ impl DevChain {
 
     /// Stops the chain's process, so that nobody is answered until [`Self::resume`].
     pub fn pause(&mut self) {
-        self.signal(libc::SIGSTOP);
-        // On a machine with much to do some of its threads answer for a while yet. It stays a child that was not waited for.
-        // SAFETY: zeroes are a valid `siginfo_t`, which is written to; the child is ours.
-        let stopped = unsafe {
-            let mut told: libc::siginfo_t = std::mem::zeroed();
-            libc::waitid(libc::P_PID, self.anvil.0.id(), &raw mut told, libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT)
-        };
-        assert_eq!(stopped, 0, "the chain does not stop: {}", std::io::Error::last_os_error());
+        process::stop(self.anvil.0.id() as i32);
     }
 
     pub fn resume(&mut self) {
-        self.signal(libc::SIGCONT);
-    }
-
-    fn signal(&mut self, signal: i32) {
-        // SAFETY: a system call without pointers, on a child that has not been waited for.
-        unsafe { libc::kill(self.anvil.0.id() as i32, signal) };
+        process::send(self.anvil.0.id() as i32, libc::SIGCONT);
     }
 
     /// The plugin's configuration for this chain.

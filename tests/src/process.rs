@@ -59,6 +59,25 @@ pub fn memory(pid: i32) -> u64 {
     line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number of KiB") * 1024
 }
 
+/// Stops a process, and waits until it has: on a machine with much to do some of its threads go on for a while.
+pub fn stop(pid: i32) {
+    send(pid, libc::SIGSTOP);
+    let state = |task: &fs::DirEntry| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit(')').next().unwrap_or_default().split_whitespace().next().map(str::to_owned)
+    };
+    let begun = std::time::Instant::now();
+    loop {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there").flatten();
+        let running = tasks.filter(|task| state(task).is_some_and(|state| state != "T")).count();
+        if running == 0 {
+            return;
+        }
+        assert!(begun.elapsed() < crate::LIMIT, "{running} threads of {pid} do not stop");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 pub fn send(pid: i32, signal: i32) {
     // SAFETY: the number is that of a child of the test, or of a child of that child, found a moment ago.
     let sent = unsafe { libc::kill(pid, signal) };

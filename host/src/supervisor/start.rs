@@ -1,7 +1,7 @@
 //! Starting one generation: connect, configure, load its models.
 
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -288,27 +288,39 @@ impl Suspect {
         let path = folder.join(&entry.id);
         let unusable = |why: io::Error| (failed("P609", format!("{} cannot be written: {why}", path.display())), true);
         fs::create_dir_all(&folder).map_err(unusable)?;
-        let Some(lock) = lock(&path).map_err(unusable)? else { return Ok(Self(None)) };
-        if fs::read_to_string(&path).is_ok_and(|hash| hash == artifact.sha256) {
+        let (mut note, is_ours) = open_note(&path).map_err(unusable)?;
+        let mut before = String::new();
+        // What is no text is none of ours.
+        let _ = note.read_to_string(&mut before);
+        let (hash, process) = before.split_once('\n').unwrap_or((&before, ""));
+        // In this process it hangs in an earlier start.
+        if hash == artifact.sha256 && (is_ours || process == std::process::id().to_string()) {
             let error = failed("P608", format!("the node ended last time while plugin `{}` was being started", entry.id))
                 .note("file", artifact.source.display().to_string())
                 .fix(format!("set `isolation = \"process\"`, replace the plugin, or remove {} to try again", path.display()));
             return Err((error, false));
         }
-        fs::write(&path, &artifact.sha256).map_err(unusable)?;
-        Ok(Self(Some((path, lock))))
+        if !is_ours {
+            return Ok(Self(None));
+        }
+        let text = format!("{}\n{}", artifact.sha256, std::process::id());
+        let written = note.set_len(0).and_then(|()| note.rewind()).and_then(|()| note.write_all(text.as_bytes()));
+        written.map_err(unusable)?;
+        Ok(Self(Some((path, note))))
     }
 }
 
-/// Makes a file with a lock on it, or takes the one that is there; `None` where another one has that.
-fn lock(path: &Path) -> io::Result<Option<File>> {
+/// Makes a note, or opens the one that is there, and says whether the lock on it is ours; else another start has it.
+fn open_note(path: &Path) -> io::Result<(File, bool)> {
     loop {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         match file.try_lock() {
             // It was taken back between the two lines.
             Ok(()) if file.metadata()?.nlink() == 0 => continue,
-            Ok(()) => return Ok(Some(file)),
-            Err(TryLockError::WouldBlock) => return Ok(None),
+            Ok(()) => return Ok((file, true)),
+            Err(TryLockError::WouldBlock) => return Ok((file, false)),
+            // Some file systems have no locks.
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => return Ok((file, true)),
             Err(TryLockError::Error(error)) => return Err(error),
         }
     }

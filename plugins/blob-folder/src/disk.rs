@@ -48,18 +48,31 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
+/// Makes a folder and those above it that are missing, such that they survive a power cut.
+///
+/// # Errors
+/// What the operating system says.
+pub fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let above = folder.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_folder(above)?;
+    match fs::create_dir(folder) {
+        // Another one was faster, and may not have come to the next line.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => {}
+        made => made?,
+    }
+    sync_folder(above)
+}
+
 /// Gives a file that only its owner may read its content, such that it is whole or as before, also after a power cut. Makes its folder.
 ///
 /// # Errors
 /// What the operating system says.
 pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    if !folder.is_dir() {
-        fs::create_dir_all(folder)?;
-        if let Some(above) = folder.parent() {
-            sync_folder(above)?;
-        }
-    }
+    make_folder(folder)?;
     let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(folder)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;

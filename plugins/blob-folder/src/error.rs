@@ -7,6 +7,7 @@ use fabstir_plugin_api::prelude::*;
 
 use crate::Id;
 use crate::disk::is_full;
+use crate::space::Full;
 
 /// Every way in which a folder of blobs can fail. Whatever it is, blobs that were there stay and nothing is half stored.
 #[derive(Debug, thiserror::Error)]
@@ -29,10 +30,10 @@ pub enum BlobError {
     #[error("blob {id} is damaged on the disk ({found}): put it again to repair it, or delete it")]
     Corrupt { id: Id, found: String },
     #[error(
-        "the disk is full: a blob needs {} or more, {} are free in {}, and {} of these stay so: free some space, or set `dir` to a larger disk",
-        bytes(*needed), bytes(*free), dir.display(), bytes(*stays)
+        "the disk is full: a blob needs {} or more; {} {}: free some space, or set `dir` to a larger disk",
+        bytes(*needed), dir.display(), Full::has(*free, *stays, *promised)
     )]
-    DiskFull { needed: u64, free: u64, stays: u64, dir: PathBuf },
+    DiskFull { needed: u64, free: Option<u64>, stays: u64, promised: u64, dir: PathBuf },
     #[error(
         "the quota is full: a blob needs {} or more, {} of `max_bytes` {} are left: delete blobs or raise it",
         bytes(*needed), bytes(max.saturating_sub(*used)), bytes(*max)
@@ -87,6 +88,15 @@ impl BlobError {
     }
 }
 
+impl From<Full> for BlobError {
+    fn from(full: Full) -> Self {
+        match full {
+            Full::Disk { needed, free, stays, promised, dir } => Self::DiskFull { needed, free, stays, promised, dir },
+            Full::Quota { needed, used, max } => Self::QuotaFull { needed, used, max },
+        }
+    }
+}
+
 /// What a plugin tells of an error of the operating system. A file of ours that is missing is no missing blob.
 pub fn code_of(error: &io::Error) -> Code {
     match error.kind() {
@@ -108,13 +118,24 @@ mod tests {
 
     #[test]
     fn full_disk_says_what_is_free_and_what_is_needed() {
-        let full = BlobError::DiskFull { needed: 3 << 20, free: 2 << 30, stays: 1 << 30, dir: "/blobs".into() };
-        let error = PluginError::from(full);
+        let full = |promised| BlobError::DiskFull {
+            needed: 3 << 20,
+            free: Some(300 << 20),
+            stays: 1 << 30,
+            promised,
+            dir: "/blobs".into(),
+        };
+        let error = PluginError::from(full(0));
         assert_eq!(error.code, Code::Full);
         assert_eq!(
             error.message,
-            "the disk is full: a blob needs 3.0 MiB or more, 2.0 GiB are free in /blobs, and 1.0 GiB of these stay so: free some space, or \
-             set `dir` to a larger disk"
+            "the disk is full: a blob needs 3.0 MiB or more; /blobs has 300.0 MiB free, and blobs leave 1.0 GiB of the disk free: free some \
+             space, or set `dir` to a larger disk"
+        );
+        let full = full(200 << 20).to_string();
+        assert!(
+            full.contains("/blobs has 300.0 MiB free, 200.0 MiB are promised to others on their way, and blobs leave"),
+            "{full}"
         );
         let full = BlobError::QuotaFull { needed: 10, used: 95, max: 100 };
         assert_eq!(

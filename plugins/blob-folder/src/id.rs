@@ -57,7 +57,7 @@ impl From<Found> for Entry {
     }
 }
 
-/// Where blobs lie in a folder. Paths start at the folder, and their parts are separated by `/`.
+/// Where blobs lie in a folder. Paths start at the folder, and their parts are separated by `/`. They are in the order of the ids.
 pub trait Layout: fmt::Debug + Send + Sync + 'static {
     /// The folder in which unfinished puts live: one in which no blobs lie.
     fn incoming(&self) -> &'static str;

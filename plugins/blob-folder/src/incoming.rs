@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tempfile::{Builder, NamedTempFile};
+use tracing::warn;
 
 use crate::space::Room;
 use crate::{BlobError, Found, Id, Reader, Result, Stamp, Store, is_whole};
@@ -17,6 +18,7 @@ const TRIES: usize = 20;
 /// A blob that is being written. Dropping it removes what was written.
 #[derive(Debug)]
 pub struct Incoming {
+    store: Arc<Store>,
     file: NamedTempFile,
     hasher: blake3::Hasher,
     size: u64,
@@ -42,11 +44,12 @@ impl Store {
     /// # Errors
     /// [`BlobError::DiskFull`] and [`BlobError::QuotaFull`], also later; [`BlobError::Io`].
     pub fn begin(self: &Arc<Self>, expect: Option<Id>, size: Option<u64>) -> Result<Incoming> {
-        let mut room = Room::new(self);
+        let mut room = Room::new(&self.space);
         room.reach(size.unwrap_or(0))?;
         let folder = self.root.join(self.layout.incoming());
         let file = create(&folder).map_err(|error| self.failed(size.unwrap_or(0), error))?;
-        Ok(Incoming { file, hasher: blake3::Hasher::new(), size: 0, expect, expected_size: size, room })
+        let store = self.clone();
+        Ok(Incoming { store, file, hasher: blake3::Hasher::new(), size: 0, expect, expected_size: size, room })
     }
 
     /// Keeps a blob: afterwards it survives a power cut. `still_wanted` is asked at the last moment.
@@ -62,6 +65,9 @@ impl Store {
             // The put that stored it may not have come this far yet, or it was another program's, which forces nothing to the disk.
             self.sync_found(&path).map_err(failed)?;
         } else {
+            if path.exists() {
+                warn!(blob = %id, "A stored blob is damaged: the bytes that came in replace it.");
+            }
             file.as_file().sync_all().map_err(failed)?;
             if !still_wanted() {
                 return Err(BlobError::Cancelled);
@@ -81,13 +87,13 @@ impl Store {
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => continue,
                 made => made?,
             }
-            let mut space = self.space.lock();
+            let mut taken = self.space.taken();
             // What the rename replaces: a damaged blob, or one that another put stored a moment ago.
             let replaced = fs::metadata(path).map_or(0, |file| file.len());
             match file.persist(path) {
                 Ok(_) => {
-                    room.keep(&mut space, replaced);
-                    drop(space);
+                    room.keep(&mut taken, replaced);
+                    drop(taken);
                     return self.sync_name(path);
                 }
                 Err(refused) if refused.error.kind() == io::ErrorKind::NotFound => file = refused.file,
@@ -119,7 +125,7 @@ impl Incoming {
             return Err(BlobError::TooMany { expected, actual: size });
         }
         self.room.reach(size)?;
-        self.file.as_file_mut().write_all(piece).map_err(|error| self.room.store.failed(size, error))?;
+        self.file.as_file_mut().write_all(piece).map_err(|error| self.store.failed(size, error))?;
         self.room.wrote(piece.len() as u64);
         self.hasher.update(piece);
         self.size = size;
@@ -131,7 +137,7 @@ impl Incoming {
     /// # Errors
     /// [`BlobError::TooFew`], [`BlobError::WrongId`].
     pub fn finish(self) -> Result<Whole> {
-        let Self { file, hasher, size, expect, expected_size, room } = self;
+        let Self { file, hasher, size, expect, expected_size, room, .. } = self;
         let id = Id::from(hasher.finalize());
         if let Some(expected) = expected_size.filter(|&expected| size < expected) {
             return Err(BlobError::TooFew { expected, actual: size });

@@ -10,7 +10,7 @@ mod id;
 mod incoming;
 pub mod kind;
 mod reading;
-mod space;
+pub mod space;
 mod store;
 mod taking;
 mod verdicts;

@@ -130,7 +130,7 @@ pub fn is_whole(path: &Path, id: Id) -> io::Result<bool> {
     }
 }
 
-/// All blobs in order of id, which is that of their paths. Holds the names of a few folders, never all blobs.
+/// All blobs in order of id. Holds the names of a few folders, never all blobs.
 #[derive(Debug)]
 pub struct Folders {
     root: PathBuf,
@@ -167,23 +167,24 @@ impl Folders {
     fn look(&self, folder: &str, path: &Path, inner: &mut Vec<String>, blobs: &mut Vec<Found>) -> io::Result<()> {
         let entries = match fs::read_dir(path) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // One that is always there has not gone by itself.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && folder != self.layout.blobs() => return Ok(()),
             Err(error) => return Err(error),
         };
         for entry in entries {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let name = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-            if entry.file_type()?.is_dir() {
-                if self.layout.is_folder(&name) {
-                    inner.push(name);
-                }
-            } else if let Some(id) = self.layout.blob(&name) {
-                match entry.metadata() {
-                    Ok(file) => blobs.push(Found { id, size: file.len() }),
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                    Err(error) => return Err(error),
-                }
+            let (is_folder, id) = (self.layout.is_folder(&name), self.layout.blob(&name));
+            if !is_folder && id.is_none() {
+                continue;
+            }
+            match (fs::metadata(entry.path()), id) {
+                (Ok(file), _) if file.is_dir() => inner.extend(is_folder.then_some(name)),
+                (Ok(file), Some(id)) => blobs.push(Found { id, size: file.len() }),
+                (Ok(_), None) => {}
+                (Err(error), _) if error.kind() == io::ErrorKind::NotFound => {}
+                (Err(error), _) => return Err(error),
             }
         }
         Ok(())

@@ -5,10 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use tracing::info;
 
-use crate::disk::{Disk, is_full, sync_folder};
+use crate::disk::{is_full, make_folder, sync_folder};
 use crate::space::Space;
 use crate::verdicts::Verdicts;
 use crate::{BlobError, Folders, Id, Layout, Result, Stamp};
@@ -21,8 +20,7 @@ use crate::{BlobError, Folders, Id, Layout, Result, Stamp};
 pub struct Store {
     pub(crate) root: PathBuf,
     pub(crate) layout: Arc<dyn Layout>,
-    pub(crate) max: Option<u64>,
-    pub(crate) space: Mutex<Space>,
+    pub(crate) space: Arc<Space>,
     verdicts: Verdicts,
 }
 
@@ -35,29 +33,25 @@ impl Store {
     pub fn open(root: &Path, layout: impl Layout, max: Option<u64>) -> Result<Arc<Self>> {
         let incoming = root.join(layout.incoming());
         for folder in [&incoming, &root.join(layout.blobs())] {
-            fs::create_dir_all(folder).map_err(BlobError::io("make the folder", folder))?;
-        }
-        sync_folder(root).map_err(BlobError::io("sync the folder", root))?;
-        if let Some(above) = root.parent() {
-            match sync_folder(above) {
-                // Then it was not made here.
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-                synced => synced.map_err(BlobError::io("sync the folder", above))?,
-            }
+            make_folder(folder).map_err(BlobError::io("make the folder", folder))?;
         }
         let removed = remove_leftovers(&incoming).map_err(BlobError::io("clear", &incoming))?;
         if removed > 0 {
             info!(removed, "Removed unfinished puts that a crash had left.");
         }
-        let store =
-            Self { root: root.to_owned(), layout: Arc::new(layout), max, space: Mutex::default(), verdicts: Verdicts::default() };
-        if max.is_some() {
+        let store = Self {
+            root: root.to_owned(),
+            layout: Arc::new(layout),
+            space: Space::new(root.to_owned(), max),
+            verdicts: Verdicts::default(),
+        };
+        if store.space.is_counted() {
             let mut stored = 0;
             let mut folders = store.folders();
             while let Some(blobs) = folders.next_blobs()? {
                 stored += blobs.iter().map(|blob| blob.size).sum::<u64>();
             }
-            store.space.lock().stored = stored;
+            store.space.taken().stored = stored;
         }
         Ok(Arc::new(store))
     }
@@ -87,20 +81,28 @@ impl Store {
     pub fn delete(&self, id: Id) -> Result<bool> {
         let path = self.path(id);
         {
-            let mut space = self.space.lock();
+            // Where nothing is counted, a large file holds up nobody.
+            let taken = self.space.is_counted().then(|| self.space.taken());
             match fs::metadata(&path).and_then(|found| fs::remove_file(&path).map(|()| found.len())) {
-                Ok(size) => space.stored = space.stored.saturating_sub(size),
+                Ok(size) => {
+                    if let Some(mut taken) = taken {
+                        taken.stored = taken.stored.saturating_sub(size);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
                 Err(error) => return Err(BlobError::io("remove", &path)(error)),
             }
         }
-        if let Some(folder) = path.parent() {
+        for folder in path.ancestors().skip(1) {
             match sync_folder(folder) {
-                // Another delete has found it empty.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                synced => synced.map_err(BlobError::io("sync the folder", folder))?,
+                // Another delete has found it empty, and may not have told the disk yet.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && folder != self.root => {}
+                synced => {
+                    synced.map_err(BlobError::io("sync the folder", folder))?;
+                    self.remove_empty(folder);
+                    break;
+                }
             }
-            self.remove_empty(folder);
         }
         Ok(true)
     }
@@ -136,12 +138,7 @@ impl Store {
 
     /// What went wrong with a blob that needs so many bytes.
     pub(crate) fn failed(&self, needed: u64, error: io::Error) -> BlobError {
-        if is_full(&error) { self.disk_full(needed) } else { BlobError::io("write in", &self.root)(error) }
-    }
-
-    pub(crate) fn disk_full(&self, needed: u64) -> BlobError {
-        let disk = Disk::of(&self.root).unwrap_or_default();
-        BlobError::DiskFull { needed, free: disk.free, stays: disk.stays_free(), dir: self.root.clone() }
+        if is_full(&error) { self.space.full(needed).into() } else { BlobError::io("write in", &self.root)(error) }
     }
 
     /// Removes folders that have become empty: there may be nearly as many as blobs.
@@ -168,7 +165,11 @@ fn remove_leftovers(incoming: &Path) -> io::Result<usize> {
             Err(error) => return Err(error),
         };
         match file.try_lock() {
-            Ok(()) => fs::remove_file(&path)?,
+            Ok(()) => match fs::remove_file(&path) {
+                // It has come to its end, or another store has removed it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                gone => gone?,
+            },
             Err(TryLockError::WouldBlock) => continue,
             Err(TryLockError::Error(error)) => return Err(error),
         }

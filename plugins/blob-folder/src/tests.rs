@@ -135,8 +135,8 @@ fn puts_of_one_blob_at_once_leave_one_and_count_it_once() {
     });
     assert_eq!(list(&store), [Found { id: Id::from(blake3::hash(&bytes)), size: 100_000 }]);
     assert_eq!(count(&dir.path().join("incoming")), 0);
-    let space = store.space.lock();
-    assert_eq!((space.stored, space.coming), (100_000, 0));
+    let taken = store.space.taken();
+    assert_eq!((taken.stored, taken.coming), (100_000, 0));
 }
 
 fn put(store: &Arc<Store>, bytes: &[u8], size: Option<u64>) -> Result<Found> {
@@ -169,17 +169,23 @@ fn quota_counts_what_is_kept_and_what_is_on_its_way() {
     let waiting = store.begin(None, Some(30)).unwrap();
     assert!(matches!(put(&store, &[3; 1], None), Err(BlobError::QuotaFull { .. })));
     drop(waiting);
+    // Two of unknown sizes meet at the end.
+    let (mut one, mut other) = (store.begin(None, None).unwrap(), store.begin(None, None).unwrap());
+    one.write(&[4; 20]).unwrap();
+    other.write(&[5; 10]).unwrap();
+    assert!(matches!(other.write(&[5; 1]), Err(BlobError::QuotaFull { needed: 11, used: 90, max: 100 })));
+    drop((one, other));
     // The same once more takes room only while it comes.
     assert!(matches!(put(&store, &[1; 60], None), Err(BlobError::QuotaFull { .. })));
     put(&store, &[1; 10], None).unwrap();
     let counted = |store: &Store| {
-        let space = store.space.lock();
-        (space.stored, space.coming)
+        let taken = store.space.taken();
+        (taken.stored, taken.coming)
     };
     assert_eq!(counted(&store), (70, 0));
     assert!(store.delete(kept.id).unwrap() && !store.delete(kept.id).unwrap());
-    assert_eq!(open(&dir, Some(100)).space.lock().stored, 10, "what is there is counted at the start");
-    assert_eq!(store.space.lock().stored, 10);
+    assert_eq!(open(&dir, Some(100)).space.taken().stored, 10, "what is there is counted at the start");
+    assert_eq!(store.space.taken().stored, 10);
 }
 
 #[test]
@@ -262,11 +268,12 @@ fn disk_that_cannot_hold_a_blob_is_told_before_a_byte_of_it_came() {
     assert!(matches!(full, BlobError::DiskFull { needed, .. } if needed == 1 << 60), "{full}");
     assert_eq!(count(&dir.path().join("incoming")), 0);
     // Rooms that are not written yet count against each other.
-    let free = Disk::of(dir.path()).unwrap().free;
-    let waiting = store.begin(None, Some(free / 2)).unwrap();
-    assert!(matches!(store.begin(None, Some(free / 2)), Err(BlobError::DiskFull { .. })));
+    let most = Disk::of(dir.path()).unwrap().for_blobs() / 3 * 2;
+    let waiting = store.begin(None, Some(most)).unwrap();
+    let full = store.begin(None, Some(most)).unwrap_err();
+    assert!(matches!(full, BlobError::DiskFull { promised, .. } if promised == most), "{full}");
     drop(waiting);
-    store.begin(None, Some(free / 2)).unwrap();
+    store.begin(None, Some(most)).unwrap();
 }
 
 #[test]

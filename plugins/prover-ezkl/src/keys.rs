@@ -106,7 +106,13 @@ impl Cabinet {
     /// The keys of a circuit, if they were made. Only the record has been checked.
     pub fn find(&self, circuit: &Circuit) -> Result<Option<Keys>, EzklError> {
         let folder = self.folder(circuit);
-        let text = match fs::read_to_string(folder.join(RECORD)) {
+        let read = || fs::read_to_string(folder.join(RECORD));
+        let text = match read() {
+            // They may have been put there after the first look.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && folder.exists() => read(),
+            looked => looked,
+        };
+        let text = match text {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.exists() => return Ok(None),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => {

@@ -1,7 +1,7 @@
 //! Keeps blobs in a folder, addressed by their BLAKE3 hash, and vectors, found by their direction.
 //!
 //! A blob is one file; `layout` says where, and `blob_folder` does the rest. `vectors` keeps vectors in a database of their own, in plain
-//! blocking Rust; `plugin` carries it across to the node's asynchronous calls.
+//! blocking Rust; `plugin` carries both across to the node's asynchronous calls.
 
 mod config;
 mod layout;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use blob_folder::{Id, Store, blocking, kind};
+use blob_folder::{Ended, Id, Store, blocking, kind};
 use fabstir_plugin_api::prelude::*;
 use tokio::sync::Semaphore;
 use tracing::warn;
@@ -32,7 +32,7 @@ impl Disk {
         turns: &Semaphore,
         work: impl FnOnce(&Vectors, &dyn Fn() -> bool) -> Result<T, VectorError> + Send + 'static,
     ) -> Result<T> {
-        let _turn = turns.acquire().await.map_err(|_| PluginError::unavailable("the plugin is shutting down"))?;
+        let _turn = turns.acquire().await.map_err(|_| VectorError::from(Ended))?;
         let (vectors, cx) = (self.vectors.clone(), cx.clone());
         Ok(blocking(move || work(&vectors, &|| !cx.is_cancelled())).await?)
     }

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blob_folder::Ended;
 use blob_folder::disk::{self, Disk};
 use fabstir_plugin_api::storage::{Near, Vector, VectorQuery};
 use parking_lot::Mutex;
@@ -180,7 +181,7 @@ impl Vectors {
             let mut open = self.open.lock();
             match &*open {
                 State::Open(keeper) => return Ok(keeper.clone()),
-                State::Ended => return Err(VectorError::Closed),
+                State::Ended => return Err(Ended.into()),
                 State::Closed => {}
             }
             match Keeper::open(&self.folder, self.limits) {

@@ -15,7 +15,7 @@ const LATER: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     #[error(transparent)]
-    Blob(#[from] BlobError),
+    Blob(BlobError),
     #[error("neither this node nor one of its peers has a blob {0}")]
     NotFound(Id),
     /// Whoever has it sends something else.
@@ -43,6 +43,15 @@ pub enum NodeError {
     Identity { path: PathBuf },
     #[error(transparent)]
     Ended(#[from] Ended),
+}
+
+impl From<BlobError> for NodeError {
+    fn from(error: BlobError) -> Self {
+        match error {
+            BlobError::Ended(ended) => Self::Ended(ended),
+            other => Self::Blob(other),
+        }
+    }
 }
 
 impl From<NodeError> for PluginError {

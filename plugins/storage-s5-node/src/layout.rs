@@ -30,6 +30,7 @@ impl Layout for S5Layout {
         "blob3"
     }
 
+    // In the order of the ids: the digits of base32 are in the order of their characters.
     fn path(&self, id: Id) -> String {
         paths::blob_path_for_hash(hash(id), &self.0)
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blob_folder::space::Full;
 use blob_folder::{Ended, bytes, code_of};
 use fabstir_plugin_api::prelude::*;
 
@@ -33,10 +34,10 @@ pub enum S5Error {
     #[error("blob {id} cannot be read: {why}: put it again to repair it or to keep it on another portal, or delete it")]
     Corrupt { id: Id, why: String },
     #[error(
-        "the disk is full: {} or more would have to wait in {}, {} are free there, and {} of these stay so: free some space",
-        bytes(*needed), dir.display(), bytes(*free), bytes(*stays)
+        "the disk is full: {} or more would have to wait in {}, which {}: free some space",
+        bytes(*needed), dir.display(), Full::has(*free, *stays, *promised)
     )]
-    DiskFull { needed: u64, free: u64, stays: u64, dir: PathBuf },
+    DiskFull { needed: u64, free: Option<u64>, stays: u64, promised: u64, dir: PathBuf },
     #[error(
         "{} or more would have to wait on the disk, {} of `spool_max_bytes` {} are in use: try again, or raise it",
         bytes(*needed), bytes(*used), bytes(*max)
@@ -65,6 +66,15 @@ impl S5Error {
     /// For `map_err` on calls of the operating system.
     pub fn io<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + use<'a> {
         move |source| Self::Io { doing, path: path.to_owned(), source }
+    }
+}
+
+impl From<Full> for S5Error {
+    fn from(full: Full) -> Self {
+        match full {
+            Full::Disk { needed, free, stays, promised, dir } => Self::DiskFull { needed, free, stays, promised, dir },
+            Full::Quota { needed, used, max } => Self::SpoolFull { needed, used, max },
+        }
     }
 }
 

@@ -8,11 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use blob_folder::disk::{self, Disk};
+use blob_folder::disk::is_full;
+use blob_folder::space::{Room, Space};
 use bytes::Bytes;
 use futures::Stream;
 use futures::stream::try_unfold;
-use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -28,9 +28,7 @@ const WAITING: usize = 4;
 /// Where blobs wait.
 #[derive(Debug)]
 pub struct Spool {
-    dir: PathBuf,
-    max: Option<u64>,
-    used: Mutex<u64>,
+    space: Arc<Space>,
 }
 
 /// A blob that has come whole.
@@ -41,17 +39,10 @@ pub struct Spooled {
     _room: Room,
 }
 
-/// Room that a blob takes. It is free again when this goes.
-#[derive(Debug)]
-struct Room {
-    spool: Arc<Spool>,
-    bytes: u64,
-}
-
 impl Spool {
     pub fn open(dir: PathBuf, max: Option<u64>) -> Result<Arc<Self>, S5Error> {
         fs::create_dir_all(&dir).map_err(S5Error::io("make the folder", &dir))?;
-        Ok(Arc::new(Self { dir, max, used: Mutex::new(0) }))
+        Ok(Arc::new(Self { space: Space::new(dir, max) }))
     }
 
     /// Begins to take a blob: pieces go into the sender, and once that is dropped the blob comes out of the task. Where the task has failed,
@@ -63,11 +54,9 @@ impl Spool {
         let (sender, mut pieces) = mpsc::channel::<B>(WAITING);
         let spool = self.clone();
         let task = spawn_blocking(move || {
-            let mut room = Room { spool: spool.clone(), bytes: 0 };
-            if let Some(size) = size {
-                room.grow(size)?;
-            }
-            let mut file = tempfile::tempfile_in(&spool.dir).map_err(|error| spool.failed(size.unwrap_or(0), error))?;
+            let mut room = Room::new(&spool.space);
+            room.reach(size.unwrap_or(0))?;
+            let mut file = tempfile::tempfile_in(spool.space.dir()).map_err(|error| spool.failed(size.unwrap_or(0), error))?;
             let (mut growing, mut came) = (Growing::default(), 0);
             while let Some(piece) = pieces.blocking_recv() {
                 let piece = piece.as_ref();
@@ -75,10 +64,9 @@ impl Spool {
                 if let Some(expected) = size.filter(|&size| came > size) {
                     return Err(S5Error::TooMany { expected, actual: came });
                 }
-                if came > room.bytes {
-                    room.grow(came - room.bytes)?;
-                }
+                room.reach(came)?;
                 file.write_all(piece).map_err(|error| spool.failed(size.unwrap_or(came), error))?;
+                room.wrote(piece.len() as u64);
                 growing.update(piece);
             }
             if let Some(expected) = size.filter(|&size| came < size) {
@@ -90,34 +78,7 @@ impl Spool {
     }
 
     fn failed(&self, needed: u64, error: io::Error) -> S5Error {
-        if disk::is_full(&error) { self.disk_full(needed) } else { S5Error::io("write in", &self.dir)(error) }
-    }
-
-    fn disk_full(&self, needed: u64) -> S5Error {
-        let disk = Disk::of(&self.dir).unwrap_or_default();
-        S5Error::DiskFull { needed, free: disk.free, stays: disk.stays_free(), dir: self.dir.clone() }
-    }
-}
-
-impl Room {
-    fn grow(&mut self, bytes: u64) -> Result<(), S5Error> {
-        let mut used = self.spool.used.lock();
-        if let Some(max) = self.spool.max.filter(|&max| used.saturating_add(bytes) > max) {
-            return Err(S5Error::SpoolFull { needed: self.bytes.saturating_add(bytes), used: *used - self.bytes, max });
-        }
-        if Disk::of(&self.spool.dir).is_some_and(|disk| disk.for_blobs() < bytes) {
-            return Err(self.spool.disk_full(self.bytes.saturating_add(bytes)));
-        }
-        *used = used.saturating_add(bytes);
-        self.bytes = self.bytes.saturating_add(bytes);
-        Ok(())
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        let mut used = self.spool.used.lock();
-        *used = used.saturating_sub(self.bytes);
+        if is_full(&error) { self.space.full(needed).into() } else { S5Error::io("write in", self.space.dir())(error) }
     }
 }
 
@@ -176,7 +137,7 @@ mod tests {
         assert!(matches!(full, S5Error::SpoolFull { needed: 500_000, used: 500_000, max: 600_000 }), "{full}");
         drop(spooled);
         put(&spool, &[&bytes], Some(500_000)).await.unwrap();
-        assert_eq!(*spool.used.lock(), 0);
+        assert_eq!(spool.space.taken().coming, 0);
         let ahead = put(&spool, &[], Some(u64::MAX)).await.unwrap_err();
         assert!(matches!(ahead, S5Error::SpoolFull { .. }), "a size that cannot fit is refused before the first byte: {ahead}");
     }

@@ -371,7 +371,7 @@ async fn safe_mode_starts_bundled_plugins_and_no_others() {
 async fn two_plugins_that_serve_one_model_share_it_by_rank() {
     let slow = "[[plugin]]\nid = 'second'\nuse = 'inference-faulty'\nrank = -1\nconfig = { model = 'echo' }\n";
     let node = Node::start(&format!("{ECHO}{slow}")).await;
-    node.logged(&["plugin=second"]).await;
+    node.logged(&["Plugin ready. plugin=second", "Plugin ready. plugin=echo"]).await;
     // The first would say the word back; the second would take it for a command.
     assert_eq!(node.ask("echo", "!error").await, "!error");
     let before = node.worker("inference-echo", None).await;

@@ -10,7 +10,7 @@ use crate::sharing::{ECHO, KEY, ask, knows, sharing};
 
 /// The plugin with settings, and one that a node can be started with.
 fn plugin(settings: &str) -> String {
-    format!("{ECHO}[[plugin]]\nid = 's5-node'\nuse = 'storage-s5-node'\n[plugin.config]\ntimeout_ms = 3000\n{settings}\n")
+    format!("{ECHO}[[plugin]]\nid = 's5-node'\nuse = 'storage-s5-node'\n[plugin.config]\ntimeout_ms = 20000\n{settings}\n")
 }
 
 /// What another node writes into `peers` to read from this one, as this one's log has it.
@@ -37,6 +37,14 @@ fn storage(place: &Place, arguments: &[&str]) -> Ran {
     place.run(&[&["storage"], arguments, &["--plugin", "s5-node"]].concat())
 }
 
+/// What a command that has to succeed prints.
+#[track_caller]
+fn told(place: &Place, arguments: &[&str]) -> String {
+    let ran = storage(place, arguments);
+    assert_eq!(ran.code, 0, "{arguments:?}: {ran:#?}");
+    ran.out.trim().to_owned()
+}
+
 /// The code of an error.
 #[track_caller]
 fn refusal(ran: Ran) -> String {
@@ -48,7 +56,7 @@ fn refusal(ran: Ran) -> String {
 async fn keeper(bytes: &[u8]) -> (Node, String) {
     let keeper = Node::start(&plugin("serve_public = true")).await;
     keeper.place.file("in", bytes);
-    let id = storage(&keeper.place, &["put", "in"]).out.trim().to_owned();
+    let id = told(&keeper.place, &["put", "in"]);
     (keeper, id)
 }
 
@@ -74,12 +82,14 @@ async fn a_file_of_one_node_is_read_on_another_and_not_without_leave() {
     let id = keeper.place.ran(&["storage", "put", "in", "--plugin", "s5-node"]).out.trim().to_owned();
 
     let reader = Place::new(&plugin(&as_peer(&keeper).await));
-    assert_eq!(storage(&reader, &["get", &id]).out, "what the other one wants");
-    assert_eq!(storage(&reader, &["ls"]).out, "", "what is fetched is not kept");
+    assert_eq!(told(&reader, &["get", &id]), "what the other one wants");
+    assert_eq!(told(&reader, &["ls"]), "", "what is fetched is not kept");
     let get = |id: &str| refusal(storage(&reader, &["get", id, "-o", "out", "--json"]));
     assert_eq!(get(&"0".repeat(64)), "not_found");
 
     let place = keeper.into_place();
+    let hasty = fs::read_to_string(reader.path().join("plugins.toml")).expect("reads").replace("20000", "1000");
+    reader.configure(&hasty);
     assert_eq!(get(&id), "unreachable", "nobody can say whether there is such a blob");
 
     let keeper = again(place, "");
@@ -106,28 +116,28 @@ async fn a_node_that_is_killed_keeps_its_files_and_its_name() {
 
     // A put that is killed on its way leaves nothing that anybody sees, and nothing at all after the next start.
     let large = fs::File::create(one.place.path().join("large")).expect("a file");
-    large.set_len(4 << 30).expect("it has holes");
+    large.set_len(1 << 30).expect("it has holes");
     let mut put = one.place.command();
     let mut put = put.args(["storage", "put", "large", "--plugin", "s5-node"]).spawn().expect("it starts");
+    let coming = |place: &Place| files_in(place.path(), ".tmp");
     eventually("some of it has come", LIMIT, async || {
-        let size = |path: &PathBuf| fs::metadata(path).map_or(0, |file| file.len());
-        files_in(one.place.path(), ".tmp").iter().map(size).any(|size| size > 1 << 20).then_some(())
+        assert!(put.try_wait().expect("it is ours").is_none(), "it has ended before its time");
+        let some = |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.len() > 1 << 20);
+        coming(&one.place).iter().any(some).then_some(())
     })
     .await;
-    let workers = process::children(put.id() as i32);
+    process::stop(put.id() as i32);
+    assert_eq!(coming(&one.place).len(), 1);
     put.kill().and_then(|()| put.wait()).expect("it ends");
-    for worker in workers {
-        process::gone(worker, LIMIT).await;
-    }
-    let list = storage(&one.place, &["ls"]).out;
-    assert!(list.contains(&id) && list.lines().filter(|line| !line.trim().is_empty()).count() <= 2, "{list}");
 
     let one = again(one.into_place(), "serve_public = true");
     let peer = as_peer(&one).await;
     assert_eq!(name(&peer), before, "its id is what others know it by");
-    assert_eq!(files_in(one.place.path(), ".tmp"), [] as [PathBuf; 0]);
+    assert_eq!(coming(&one.place), [] as [PathBuf; 0]);
+    let list = told(&one.place, &["ls"]);
+    assert!(list.contains(&id) && list.lines().count() == 1, "{list}");
     let reader = Place::new(&plugin(&peer));
-    assert_eq!(storage(&reader, &["get", &id]).out, "outlives its node");
+    assert_eq!(told(&reader, &["get", &id]), "outlives its node");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -136,29 +146,27 @@ async fn a_node_that_hangs_or_is_damaged_is_passed_over() {
     let ((bad, id), (good, _)) = (keeper(bytes).await, keeper(bytes).await);
     let (bad_peer, good_peer) = (as_peer(&bad).await, as_peer(&good).await);
     let both = format!("{}, {}", bad_peer.trim_end_matches(']'), good_peer.trim_start_matches("peers = ["));
-    let patience = Duration::from_secs(20);
-    let patient = |peers: &str| plugin(peers).replace("timeout_ms = 3000", &format!("timeout_ms = {}", patience.as_millis()));
 
     // A byte on its disk is another one.
     let files = files_in(bad.place.path(), "blob3");
     let [file] = &files[..] else { panic!("{files:?}") };
     fs::write(file, b"what two nodes hAve").expect("it is ours");
-    let reader = Place::new(&patient(&bad_peer));
+    let reader = Place::new(&plugin(&bad_peer));
     assert_eq!(refusal(storage(&reader, &["get", &id, "-o", "out", "--json"])), "not_found");
     assert_eq!(refusal(storage(&bad.place, &["get", &id, "-o", "out", "--json"])), "corrupt");
-    reader.configure(&patient(&both));
-    assert_eq!(storage(&reader, &["get", &id]).out.as_bytes(), bytes);
+    reader.configure(&plugin(&both));
+    assert_eq!(told(&reader, &["get", &id]).as_bytes(), bytes);
     // A put of the right bytes repairs it.
-    assert_eq!(storage(&bad.place, &["put", "in"]).out.trim(), id);
-    reader.configure(&patient(&bad_peer));
-    assert_eq!(storage(&reader, &["get", &id]).out.as_bytes(), bytes);
+    assert_eq!(told(&bad.place, &["put", "in"]), id);
+    reader.configure(&plugin(&bad_peer));
+    assert_eq!(told(&reader, &["get", &id]).as_bytes(), bytes);
 
     // It takes packets, and says nothing.
-    bad.signal(libc::SIGSTOP);
-    reader.configure(&patient(&both));
+    process::stop(bad.pid());
+    reader.configure(&plugin(&both));
     let began = Instant::now();
-    assert_eq!(storage(&reader, &["get", &id]).out.as_bytes(), bytes);
-    assert!(began.elapsed() < patience, "nobody waits for it where another node has the file");
+    assert_eq!(told(&reader, &["get", &id]).as_bytes(), bytes);
+    assert!(began.elapsed() < Duration::from_secs(20), "nobody waits for it where another node has the file");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -166,19 +174,19 @@ async fn a_folder_that_is_full_takes_nothing_more_and_loses_nothing() {
     let small = Place::new(&plugin("max_bytes = 1000"));
     small.file("fits", [1; 600]);
     small.file("does not", [2; 401]);
-    let id = storage(&small, &["put", "fits"]).out.trim().to_owned();
+    let id = told(&small, &["put", "fits"]);
     let ran = storage(&small, &["put", "does not", "--json"]);
     let message = ran.json()["error"]["message"].as_str().expect("a message").to_owned();
     assert_eq!(refusal(ran), "full");
     assert!(message.contains("400 bytes of `max_bytes` 1000 bytes are left"), "{message}");
-    let list = storage(&small, &["ls"]).out;
+    let list = told(&small, &["ls"]);
     assert!(list.contains(&id) && list.lines().count() == 1, "{list}");
 
     // What is fetched takes room while it comes.
     let (keeper, theirs) = keeper(&[3; 500]).await;
     small.configure(&plugin(&format!("max_bytes = 1000\n{}", as_peer(&keeper).await)));
     assert_eq!(refusal(storage(&small, &["get", &theirs, "-o", "out", "--json"])), "full");
-    storage(&small, &["rm", &id]);
-    storage(&small, &["get", &theirs, "-o", "out"]);
+    told(&small, &["rm", &id]);
+    told(&small, &["get", &theirs, "-o", "out"]);
     assert_eq!(fs::read(small.path().join("out")).expect("it has come"), [3; 500]);
 }

@@ -111,7 +111,7 @@ async fn a_dead_portal_delays_nobody_and_what_was_said_meanwhile_is_shared_later
     knows(&other, &before).await;
 
     // It takes connections, and says nothing.
-    process::send(portal.pid(), libc::SIGSTOP);
+    process::stop(portal.pid());
     one.logged(&["Answers are not shared."]).await;
     let mut times = Vec::new();
     for number in 0..50 {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use blob_folder::{Ended, bytes};
+use blob_folder::{Ended, bytes, code_of};
 use fabstir_plugin_api::prelude::*;
 
 pub type Result<T, E = VectorError> = std::result::Result<T, E>;
@@ -36,8 +36,8 @@ pub enum VectorError {
     /// Another instance, here or in another process, has the file open.
     #[error("another instance has the vectors in {} open: give each its own `dir`, or wait until the other has ended", .0.display())]
     InUse(PathBuf),
-    #[error("the plugin is shutting down")]
-    Closed,
+    #[error(transparent)]
+    Closed(#[from] Ended),
     #[error("the caller gave up")]
     Cancelled,
     /// A row that this plugin did not write so.
@@ -67,12 +67,6 @@ impl VectorError {
     }
 }
 
-impl From<Ended> for VectorError {
-    fn from(_: Ended) -> Self {
-        Self::Closed
-    }
-}
-
 macro_rules! from_database {
     ($($error:ident),*) => {
         $(impl From<redb::$error> for VectorError {
@@ -96,17 +90,14 @@ impl From<VectorError> for PluginError {
             | VectorError::Limit(_)
             | VectorError::Threshold => Code::InvalidArgument,
             VectorError::DiskFull { .. } | VectorError::QuotaFull { .. } => Code::Full,
-            VectorError::InUse(_) | VectorError::Closed => Code::Unavailable,
+            VectorError::InUse(_) | VectorError::Closed(_) => Code::Unavailable,
             VectorError::Cancelled => Code::Cancelled,
             VectorError::Damaged(_) => Code::Corrupt,
             VectorError::Database(error) => match &**error {
                 redb::Error::Corrupted(_) => Code::Corrupt,
                 _ => Code::Internal,
             },
-            VectorError::Io { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Code::Denied,
-                _ => Code::Internal,
-            },
+            VectorError::Io { source, .. } => code_of(source),
             VectorError::Format { .. } | VectorError::Index(_) => Code::Internal,
         };
         PluginError::new(code, error.to_string())

@@ -180,7 +180,7 @@ impl Shared {
         let began = Instant::now();
         match space.prepare(&self.truth, self.limits.searches, &self.stop) {
             Ok(()) => debug!(namespace = space.number, took = ?began.elapsed(), "Index ready."),
-            Err(VectorError::Closed) => {}
+            Err(VectorError::Closed(_)) => {}
             Err(error) => warn!(namespace = space.number, %error, "No index: every row is looked at."),
         }
         space.preparing.store(false, Ordering::Relaxed);

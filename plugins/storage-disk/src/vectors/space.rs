@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use blob_folder::Ended;
 use parking_lot::{Mutex, RwLock};
 use tracing::{info, warn};
 
@@ -184,7 +185,7 @@ impl Space {
             return Err(VectorError::Index("the namespace has ended".into()));
         };
         reading.changes(&namespace, next, |change| match stop.load(Ordering::Relaxed) {
-            true => Err(VectorError::Closed),
+            true => Err(Ended.into()),
             false => apply(index, change),
         })?;
         Ok(namespace.next)

@@ -411,7 +411,7 @@ fn second_instance_waits_for_the_first_to_end() {
         first.close();
         assert_eq!(found.join().unwrap()[0].key, "key 1");
     });
-    assert!(matches!(first.find("a", query(values(1, 8), 1), ALWAYS), Err(VectorError::Closed)));
+    assert!(matches!(first.find("a", query(values(1, 8), 1), ALWAYS), Err(VectorError::Closed(_))));
     let third = open(folder.path());
     let refused = third.find("a", query(values(1, 8), 1), &|| false).unwrap_err();
     assert!(matches!(refused, VectorError::InUse(_)), "{refused}");

@@ -253,7 +253,7 @@ async fn liar(liar: Liar) -> Router {
 #[tokio::test(flavor = "multi_thread")]
 async fn peer_that_lies_about_a_size_fills_no_disk_and_no_memory() {
     for (lie, expected, word) in [
-        (Liar::Blob(u64::MAX, vec![1; 10]), Code::Full, "stay so"),
+        (Liar::Blob(u64::MAX, vec![1; 10]), Code::Full, "blobs leave"),
         (Liar::Blob(20, vec![1; 10]), Code::Unavailable, "broke off"),
         (Liar::Blob(5, vec![1; 10]), Code::Corrupt, "10 or more came"),
         (Liar::Blob(10, vec![1; 10]), Code::Corrupt, "expected the blob"),
