@@ -138,11 +138,12 @@ impl Vectors {
             let Some(now) = reading.namespace(namespace)?.filter(|now| now.number == found.number) else { return Ok(Vec::new()) };
             let nearest = rank(&reading, &now, &direction, search, Nearest::new(limit, at_least), still_wanted)?;
             let mut near = Vec::with_capacity(nearest.len());
-            for Candidate { cosine, row } in nearest {
-                reading.rows(&now, [row], |_, stored| {
-                    near.push(Near { key: stored.key.to_owned(), similarity: cosine, data: stored.data.to_vec() });
-                })?;
-            }
+            // In one reading none of them goes, and they come in the order in which they are asked for.
+            let mut cosines = nearest.iter().map(|candidate| candidate.cosine);
+            reading.rows(&now, nearest.iter().map(|candidate| candidate.row), |_, stored| {
+                let similarity = cosines.next().unwrap_or_default();
+                near.push(Near { key: stored.key.to_owned(), similarity, data: stored.data.to_vec() });
+            })?;
             Ok(near)
         })
     }
