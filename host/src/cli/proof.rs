@@ -1,5 +1,6 @@
 //! `fabstir-node prove`, `verify` and `proof`: proofs of work, made and checked with the prover plugins of the configuration.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -227,13 +228,14 @@ impl Shared {
 fn prover_of<'a>(running: &'a [Running], id: &str) -> Result<(&'a Running, &'a Statement), Failure> {
     let found = |one: &'a Running| one.statements.iter().find(|statement| statement.id == id).map(|statement| (one, statement));
     running.iter().find_map(found).ok_or_else(|| {
-        let known: Vec<&str> =
+        // Two provers may prove the same.
+        let known: BTreeSet<&str> =
             running.iter().flat_map(|one| one.statements.iter().map(|statement| statement.id.as_str())).collect();
-        Failure::new(
-            Failure::FAILED,
-            "no_statement",
-            format!("`{id}` is no statement of a prover here; there are {}", known.join(", ")),
-        )
+        let known = known.into_iter().collect::<Vec<_>>().join(", ");
+        let why = format!(
+            "`{id}` is no statement of a prover here; there are {known}: others want a model in the prover's configuration"
+        );
+        Failure::new(Failure::FAILED, "no_statement", why)
     })
 }
 

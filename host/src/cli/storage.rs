@@ -231,11 +231,12 @@ fn read_key(file: &std::path::Path) -> Result<Key, Failure> {
 }
 
 async fn put(storage: &Arc<dyn Kind>, path: PathBuf, private: bool, json: bool) -> Result<(), Failure> {
-    let file = std::fs::File::open(&path).map_err(|error| of_file("read", &path, error))?;
-    let found = file.metadata().map_err(|error| of_file("read", &path, error))?;
+    // Before it is opened, which waits for ever where it is a pipe that nobody writes to.
+    let found = std::fs::metadata(&path).map_err(|error| of_file("read", &path, error))?;
     if !found.is_file() {
         return Err(of_file("store", &path, std::io::Error::other("it is no regular file")));
     }
+    let file = std::fs::File::open(&path).map_err(|error| of_file("read", &path, error))?;
     let no_key =
         |error| Failure::new(Failure::FAILED, "no_key", format!("this system gives no random numbers for a key: {error}"));
     let key = if private { Some(Key::random().map_err(no_key)?) } else { None };
@@ -318,7 +319,13 @@ async fn verify(storage: &Arc<dyn Kind>, mut ids: Vec<String>, json: bool) -> Re
             Ok(size) => (format!("ok   {id}  {size}"), json!({ "id": id, "ok": true, "size": size })),
             Err(why) => {
                 bad += 1;
-                (format!("BAD  {id}  {why}"), json!({ "id": id, "ok": false, "why": why.message, "code": why.code }))
+                // Only the first says that what is there is damaged.
+                let word = match why.code {
+                    Code::Corrupt => "BAD",
+                    Code::NotFound => "MISSING",
+                    _ => "UNCHECKED",
+                };
+                (format!("{word}  {id}  {why}"), json!({ "id": id, "ok": false, "why": why.message, "code": why.code }))
             }
         };
         match json {

@@ -309,7 +309,8 @@ fn unknown_override(check: &Check<'_>, path: &[String], within: Schema, place: &
         let known = within.properties().into_iter().flatten().map(|(known, _)| known.as_str());
         if let Some(near) = nearest(name, known) {
             let meant = variable_name(&[table, &[near.to_string()]].concat());
-            problem.fix = Some(format!("write {meant} instead of {variable}"));
+            let rest = variable.strip_prefix(&variable_name(path)).unwrap_or_default();
+            problem.fix = Some(format!("write {meant}{rest} instead of {variable}"));
         }
     }
     problem

@@ -248,20 +248,22 @@ fn mistakes_in_variables_and_flags_name_them() {
     let (_dir, mut sources) = sources("[[plugin]]\nid = \"llama\"\nuse = \"x\"\n");
     sources.environment = vec![
         ("FABSTIR_GATEWAY__LISTN".into(), "127.0.0.1:1".into()),
+        ("FABSTIR_GATEWY__LISTEN".into(), "127.0.0.1:1".into()),
         ("FABSTIR_SCHEDULER__QUEUE".into(), "many".into()),
         ("FABSTIR_LISTEN".into(), "127.0.0.1:1".into()),
         ("FABSTIR_UNRELATED".into(), "1".into()),
     ];
     sources.flags = vec![flag("node.logg", "info"), flag("gateway", "x")];
-    let text = sources.load().expect_err("five mistakes").to_string();
+    let text = sources.load().expect_err("six mistakes").to_string();
     for expected in [
         "error[C102]: unknown key `listn` in [gateway]\n  environment FABSTIR_GATEWAY__LISTN",
         "write FABSTIR_GATEWAY__LISTEN instead of FABSTIR_GATEWAY__LISTN",
+        "write FABSTIR_GATEWAY__LISTEN instead of FABSTIR_GATEWY__LISTEN",
         "error[C103]: `scheduler.queue` must be a whole number\n  environment FABSTIR_SCHEDULER__QUEUE",
         "error[C102]: the environment variable FABSTIR_LISTEN is not a setting",
         "error[C102]: unknown key `logg` in [node]\n  flag --set node.logg=info",
         "error[C103]: `gateway` is not a single value",
-        "5 errors in the configuration",
+        "6 errors in the configuration",
     ] {
         assert!(text.contains(expected), "{expected}\n--- not in\n{text}");
     }

@@ -129,7 +129,10 @@ impl Known {
                 Ok(Asked::Answer { subject: about.subject, job: task.about.job, tokens, states, draw })
             }
             (Subject::Commitment, _) => Err(Error::Task("a commitment is proven without a witness: send `none`".into())),
-            (Subject::Head { .. }, _) => Err(Error::Task("an output head is proven from an answer: send `answer`".into())),
+            (Subject::Head { .. }, _) => {
+                let why = "an output head is proven from an answer and its trace, which a node has of posted jobs: use `job post --proof`";
+                Err(Error::Task(why.into()))
+            }
         }
     }
 

@@ -133,6 +133,8 @@ impl Portals {
         for (place, portal) in self.places(Some(&kept.portals)) {
             match portal.delete(&cid).await {
                 Ok(_) => {}
+                // With another token it does.
+                Err(fault @ Fault::Refused { status: 401 | 403, .. }) => faults.push((place, fault)),
                 Err(why @ (Fault::Refused { .. } | Fault::Missing | Fault::Wrong(_))) => {
                     warn!(portal = portal.name(), blob = %id, %why, "A portal does not delete a blob: it is forgotten here, and stays there.");
                 }

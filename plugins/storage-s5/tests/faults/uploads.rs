@@ -131,6 +131,9 @@ async fn copies_are_on_as_many_portals_as_the_configuration_says_and_all_are_del
     first.makes(Trouble::Status(500));
     let error = instance.s5.delete(&Cx::new(), id.clone()).await.unwrap_err();
     assert_eq!((error.code, instance.listed().await), (Code::Unavailable, 1), "a copy that cannot be deleted is not forgotten");
+    first.makes(Trouble::Status(401));
+    let error = instance.s5.delete(&Cx::new(), id.clone()).await.unwrap_err();
+    assert_eq!((error.code, instance.listed().await), (Code::Denied, 1), "nor one that another token deletes");
     first.makes(Trouble::None);
     assert_eq!(instance.s5.delete(&Cx::new(), id.clone()).await, Ok(true));
     assert_eq!((has(&first.url).await, has(&second.url).await, instance.listed().await), (false, false, 0));
