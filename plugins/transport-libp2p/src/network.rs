@@ -3,6 +3,7 @@
 mod driver;
 mod lookups;
 mod opens;
+mod sought;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -18,6 +18,7 @@ use tracing::{debug, info, warn};
 
 use super::lookups::Lookups;
 use super::opens::Opens;
+use super::sought::{Attempt, Sought};
 use super::{Command, Reply};
 use crate::addresses::{Book, peer_in, usable, with_peer, without_peer};
 use crate::config::Settings;
@@ -29,10 +30,6 @@ const LISTEN: Duration = Duration::from_secs(3);
 
 /// How long after it has joined a node has good reason to expect that it meets others.
 const MEET: Duration = Duration::from_secs(3);
-
-/// Pauses between attempts to reach a bootstrap peer: they double from the first to the second.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LAST_PAUSE: Duration = Duration::from_secs(60);
 
 /// How often advertisements whose time is over are looked for.
 const SWEEP: Duration = Duration::from_secs(60);
@@ -57,7 +54,7 @@ pub struct Driver {
     ready_by: Instant,
     dials: HashMap<ConnectionId, Reply<PeerId>>,
     local_dials: HashSet<ConnectionId>,
-    bootstrap: Vec<Bootstrap>,
+    sought: Sought,
     sweep: Instant,
     joined: Instant,
     pub(super) lookups: Lookups,
@@ -72,14 +69,6 @@ pub(super) struct Connected {
     rtt: Option<Duration>,
 }
 
-/// A peer that this node begins with.
-struct Bootstrap {
-    peer: PeerId,
-    addresses: Vec<Multiaddr>,
-    next: Instant,
-    pause: Duration,
-}
-
 impl Driver {
     pub fn new(
         swarm: Swarm<Behaviour>,
@@ -90,14 +79,9 @@ impl Driver {
     ) -> Self {
         let now = Instant::now();
         let own = *swarm.local_peer_id();
-        let mut bootstrap: Vec<Bootstrap> = Vec::new();
+        let mut sought = Sought::default();
         for (peer, address) in settings.bootstrap.iter().filter(|(peer, _)| *peer != own) {
-            match bootstrap.iter_mut().find(|known| known.peer == *peer) {
-                Some(known) => known.addresses.push(address.clone()),
-                None => {
-                    bootstrap.push(Bootstrap { peer: *peer, addresses: vec![address.clone()], next: now, pause: FIRST_PAUSE });
-                }
-            }
+            sought.begin_with(*peer, address.clone(), now);
         }
         Self {
             swarm,
@@ -111,7 +95,7 @@ impl Driver {
             ready_by: now + LISTEN,
             dials: HashMap::new(),
             local_dials: HashSet::new(),
-            bootstrap,
+            sought,
             sweep: now + SWEEP,
             joined: now,
             lookups: Lookups::new(settings.republish),
@@ -164,9 +148,9 @@ impl Driver {
     }
 
     fn next_alarm(&self) -> Instant {
-        let bootstrap = self.bootstrap.iter().filter(|known| !self.peers.contains_key(&known.peer)).map(|known| known.next);
+        let sought = self.sought.next_alarm(self.local_dials.len() < LOCAL_DIALS);
         let ready = self.ready.as_ref().map(|_| self.ready_by);
-        [Some(self.sweep), self.lookups.next_alarm(), ready].into_iter().flatten().chain(bootstrap).min().unwrap_or(self.sweep)
+        [self.lookups.next_alarm(), sought, ready].into_iter().flatten().fold(self.sweep, Instant::min)
     }
 
     fn on_time(&mut self) {
@@ -182,13 +166,13 @@ impl Driver {
             store.forget();
             debug!(advertisements = store.len(), "Advertisements whose time is over are forgotten.");
         }
-        self.dial_bootstrap(now);
+        self.dial_sought(now);
         self.look_up_on_time(now);
     }
 
     /// Whether somebody may be met in a moment: a peer that has not said who it is, one that is being dialled, or the first of all.
     pub(super) fn is_meeting_peers(&self) -> bool {
-        let bootstraps = !self.bootstrap.is_empty();
+        let bootstraps = self.sought.begins();
         let begins = self.joined.elapsed() < MEET && (bootstraps || self.settings.mdns);
         let unnamed = self.peers.values().any(|connected| connected.agent.is_none());
         begins || unnamed || !self.local_dials.is_empty() || (bootstraps && self.peers.is_empty())
@@ -203,19 +187,20 @@ impl Driver {
         }
     }
 
-    fn dial_bootstrap(&mut self, now: Instant) {
-        for known in &mut self.bootstrap {
-            if now < known.next || self.peers.contains_key(&known.peer) {
-                continue;
-            }
-            known.next = now + known.pause;
-            known.pause = (known.pause * 2).min(LAST_PAUSE);
-            let dial = DialOpts::peer_id(known.peer)
+    fn dial_sought(&mut self, now: Instant) {
+        while let Some(Attempt { peer, addresses, local }) = self.sought.take_due(now, self.local_dials.len() < LOCAL_DIALS) {
+            let dial = DialOpts::peer_id(peer)
                 .condition(PeerCondition::DisconnectedAndNotDialing)
-                .addresses(known.addresses.clone())
+                .addresses(addresses)
+                // Peers that hear of each other dial each other at once. From and to the ports that they listen on, those would be
+                // one TCP connection, which both have begun and none takes.
+                .allocate_new_port()
                 .build();
-            if let Err(error) = self.swarm.dial(dial) {
-                debug!(peer = %known.peer, %error, "A bootstrap peer is not dialled.");
+            let connection = dial.connection_id();
+            match self.swarm.dial(dial) {
+                Ok(()) if local => drop(self.local_dials.insert(connection)),
+                Ok(()) => {}
+                Err(error) => debug!(%peer, %error, "A peer is not dialled now."),
             }
         }
     }
@@ -336,6 +321,7 @@ impl Driver {
 
     fn on_connected(&mut self, peer: PeerId, connection: ConnectionId, address: Multiaddr, dialled: bool) {
         self.local_dials.remove(&connection);
+        self.sought.reached(&peer);
         if dialled {
             self.book.note(peer, [address.clone()]);
         }
@@ -360,10 +346,7 @@ impl Driver {
             self.peers.remove(&peer);
             self.connected.store(self.peers.len(), Ordering::Release);
             self.tell(Event::Disconnected { peer: PeerName(peer.to_string()) });
-            if let Some(known) = self.bootstrap.iter_mut().find(|known| known.peer == peer) {
-                known.pause = FIRST_PAUSE;
-                known.next = Instant::now() + FIRST_PAUSE;
-            }
+            self.sought.lost(&peer, Instant::now());
         }
     }
 
@@ -388,7 +371,9 @@ impl Driver {
                     self.on_discovered(peer, address);
                 }
             }
-            BehaviourEvent::Mdns(mdns::Event::Expired(_)) => {}
+            BehaviourEvent::Mdns(mdns::Event::Expired(gone)) => {
+                gone.iter().for_each(|(peer, address)| self.sought.gone(peer, &without_peer(address.clone())));
+            }
             BehaviourEvent::Limits(never) | BehaviourEvent::Memory(never) | BehaviourEvent::Streams(never) => match never {},
         }
     }
@@ -444,16 +429,8 @@ impl Driver {
         debug!(%peer, %address, "Found on the local network.");
         self.book.note(peer, [address.clone()]);
         self.tell(Event::Discovered { peer: PeerName(peer.to_string()), address: with_peer(address.clone(), peer) });
-        if self.local_dials.len() >= LOCAL_DIALS {
-            return;
-        }
-        let dial = DialOpts::peer_id(peer)
-            .condition(PeerCondition::DisconnectedAndNotDialing)
-            .addresses(vec![without_peer(address)])
-            .build();
-        let connection = dial.connection_id();
-        if self.swarm.dial(dial).is_ok() {
-            self.local_dials.insert(connection);
+        if !self.peers.contains_key(&peer) {
+            self.sought.seen(peer, without_peer(address), Instant::now());
         }
     }
 
