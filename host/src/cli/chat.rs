@@ -11,7 +11,7 @@ use rustyline::{Config as EditorConfig, Editor};
 use serde_json::{Value, json};
 
 use super::account::SpendArgs;
-use super::network::{Local, NetworkArgs, Paid, threads};
+use super::network::{Local, NetworkArgs, Paid, seconds, threads};
 use super::{Failure, as_text};
 use crate::config::Config;
 
@@ -62,6 +62,10 @@ pub struct Chat {
     #[arg(long, requires = "model", conflicts_with = "url")]
     network: bool,
 
+    /// How long to look for a node of the network, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, requires = "network")]
+    wait: f64,
+
     #[command(flatten)]
     spend: SpendArgs,
 
@@ -85,6 +89,7 @@ impl Chat {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime =
             runtime.map_err(|error| Failure::new(Failure::FAILED, "runtime", format!("cannot start a thread: {error}")))?;
+        let looks = self.network.then(|| seconds(self.wait)).transpose()?;
         let mut local = None;
         if let (true, Some(config), Some(model)) = (self.network, &config, &self.model) {
             let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -99,6 +104,7 @@ impl Chat {
         let client = Client::new(&url)?;
         let session = Session {
             pays: self.spend.is_some(),
+            looks,
             client,
             runtime,
             model: String::new(),
@@ -188,6 +194,8 @@ fn tell(answer: Result<Option<Value>, Failure>, paid: Option<Paid>, json: bool) 
 struct Session {
     /// Whether sessions are to be given back when the chat is stopped.
     pays: bool,
+    /// How long nodes of the network are looked for, where those are asked.
+    looks: Option<Duration>,
     client: Client,
     runtime: tokio::runtime::Runtime,
     model: String,
@@ -381,6 +389,9 @@ impl Session {
             let (reason, pause) = match ask() {
                 Err(ChatError::Busy { retry_after, message }) => {
                     (format!("{message} Trying again in {} s.", retry_after.as_secs_f32()), retry_after)
+                }
+                Err(ChatError::Loading { .. }) if self.looks.is_some_and(|within| started.elapsed() > within) => {
+                    return Err(ChatError::Nobody { within: started.elapsed() });
                 }
                 Err(ChatError::Loading { message }) => (format!("{message} Waiting."), Duration::from_millis(500)),
                 other => return other,

@@ -133,7 +133,7 @@ pub(super) fn on_threads<T>(work: impl Future<Output = Result<T, Failure>>) -> R
     result
 }
 
-fn seconds(wait: f64) -> Result<Duration, Failure> {
+pub(super) fn seconds(wait: f64) -> Result<Duration, Failure> {
     Duration::try_from_secs_f64(wait).map_err(|_| Failure::new(Failure::USAGE, "usage", "--wait is a number of seconds"))
 }
 

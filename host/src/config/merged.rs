@@ -54,6 +54,13 @@ struct Keyed {
     plugin: BTreeMap<String, PluginEntry>,
 }
 
+/// A key names a plugin that is none of the configured ones.
+fn no_plugin(named: &str, ids: &[&str], key: &str, place: Place) -> Problem {
+    let mut problem = Problem::new("C105", place, format!("there is no plugin with the id `{named}`")).key(key);
+    problem.nearest = nearest(named, ids.iter().copied()).map(str::to_string);
+    problem.note("plugins", if ids.is_empty() { "none".into() } else { ids.join(", ") })
+}
+
 impl<'a> Merged<'a> {
     pub fn new(layers: Vec<Layer>, file: Option<&'a File>, origins: BTreeMap<String, Origin>) -> Self {
         let mut figment = Figment::new();
@@ -73,11 +80,8 @@ impl<'a> Merged<'a> {
             let place = self.source(&format!("plugin.{id}.id"));
             let mut check = Check { place: &|_| place.clone(), plugin_id: &|_| None, problems: Vec::new() };
             if !known && entry.find_ref("use").is_none() {
-                let mut problem = Problem::new("C105", place.clone(), format!("there is no plugin with the id `{id}`"))
-                    .key(format!("plugin.{id}"));
-                problem.nearest = nearest(&id, self.origins.keys().map(String::as_str)).map(str::to_string);
                 let ids: Vec<&str> = self.origins.keys().map(String::as_str).collect();
-                problems.push(problem.note("plugins", if ids.is_empty() { "none".into() } else { ids.join(", ") }));
+                problems.push(no_plugin(&id, &ids, &format!("plugin.{id}"), place.clone()));
             } else if !known
                 && let Some(schema) =
                     Schema::root().property("plugin").and_then(Schema::items).and_then(|entry| entry.property("id"))
@@ -89,12 +93,19 @@ impl<'a> Merged<'a> {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let keyed: Keyed = self.figment.extract().map_err(|error| self.figment_problems(error))?;
-        let mut plugin: Vec<PluginEntry> = keyed.plugin.into_values().collect();
+        let mut keyed: Keyed = self.figment.extract().map_err(|error| self.figment_problems(error))?;
+        let mut plugin: Vec<PluginEntry> = std::mem::take(&mut keyed.plugin).into_values().collect();
         for entry in &mut plugin {
             entry.origin = self.origins.get(&entry.id).cloned().unwrap_or_default();
         }
         plugin.sort_by_key(|entry| if entry.origin.line == 0 { usize::MAX } else { entry.origin.line });
+        if let Some(named) = &keyed.cache.shared.storage
+            && !plugin.iter().any(|entry| entry.id == *named)
+        {
+            let ids: Vec<&str> = plugin.iter().map(|entry| entry.id.as_str()).collect();
+            let key = "cache.shared.storage";
+            return Err(vec![no_plugin(named, &ids, key, self.source(key))]);
+        }
         let Keyed { node, gateway, scheduler, cache, network, keys, market, plugins, .. } = keyed;
         Ok(Config { node, gateway, scheduler, cache, network, keys, market, plugins, plugin, base_dir: PathBuf::new() })
     }

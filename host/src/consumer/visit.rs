@@ -1,7 +1,10 @@
 //! Taking part in the network for a while, to find and to ask: with the transport plugin of the configuration and a key of the moment.
 
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use fabstir_plugin_api::context::Cx;
 use fabstir_plugin_api::error::PluginError;
@@ -14,6 +17,10 @@ use crate::supervisor::{Alone, AloneError};
 
 /// How long joining may take.
 const START: Duration = Duration::from_secs(60);
+/// What the folder of a visit is called, before a part that no other has.
+const FOLDER: &str = "fabstir-visit-";
+/// How old a folder is before it can be one that a killed visit has left: a visit has its lock by then.
+const LEFT: Duration = Duration::from_secs(60);
 /// How long a node may take to answer a dial.
 const DIAL: Duration = Duration::from_secs(10);
 
@@ -34,7 +41,7 @@ pub enum VisitError {
     #[error("nobody answers at {0}")]
     Unreachable(String),
     #[error("no folder for temporary files: {0}")]
-    Folder(std::io::Error),
+    Folder(io::Error),
 }
 
 /// A visit to the network.
@@ -45,6 +52,8 @@ pub struct Visit {
     pub peer: PeerId,
     /// The plugin's state goes with the visit: that of a node that runs beside it stays its own.
     _folder: TempDir,
+    /// Held as long as the folder is in use.
+    _lock: File,
 }
 
 impl Visit {
@@ -54,7 +63,8 @@ impl Visit {
     /// # Errors
     /// When there is no such plugin, when it does not start, and when nodes to dial were named and none of them answers.
     pub async fn begin(config: &Config, bootstrap: &[String]) -> Result<Self, VisitError> {
-        let folder = tempfile::Builder::new().prefix("fabstir-visit-").tempdir().map_err(VisitError::Folder)?;
+        remove_left(&std::env::temp_dir());
+        let (folder, lock) = make_folder().map_err(VisitError::Folder)?;
         let mut config = config.clone();
         config.node.data_dir = folder.path().to_owned();
         let plugin = Alone::start(config, |routes| &routes.transport).await.map_err(|error| match error {
@@ -65,7 +75,7 @@ impl Visit {
         let key = NodeKey::ephemeral().map_err(VisitError::Key)?;
         let join = Join { secret_key: key.secret().to_vec(), role: Role::Visitor };
         let peer = transport.join(&Cx::new().with_timeout(START), join).await.map_err(VisitError::Join)?.id;
-        let visit = Self { transport, peer, plugin, _folder: folder };
+        let visit = Self { transport, peer, plugin, _folder: folder, _lock: lock };
         visit.dial(bootstrap).await?;
         Ok(visit)
     }
@@ -88,5 +98,29 @@ impl Visit {
 
     pub async fn end(self) {
         self.plugin.end().await;
+    }
+}
+
+fn make_folder() -> io::Result<(TempDir, File)> {
+    let folder = tempfile::Builder::new().prefix(FOLDER).tempdir()?;
+    let lock = File::open(folder.path())?;
+    // Where a file system has no locks, nobody gets one to remove the folder either.
+    let _ = lock.try_lock();
+    Ok((folder, lock))
+}
+
+/// Removes what visits have left that were killed: plugins, some of them large.
+fn remove_left(folder: &Path) {
+    let is_left = |entry: &fs::DirEntry| -> io::Result<bool> {
+        if !entry.file_name().to_string_lossy().starts_with(FOLDER) || !entry.file_type()?.is_dir() {
+            return Ok(false);
+        }
+        let age = SystemTime::now().duration_since(entry.metadata()?.modified()?).unwrap_or_default();
+        Ok(age > LEFT && File::open(entry.path())?.try_lock().is_ok())
+    };
+    // Others may remove them at the same time, and may have folders that are not ours to remove.
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| is_left(entry).unwrap_or(false)) {
+        let removed = fs::remove_dir_all(entry.path());
+        tracing::debug!(folder = %entry.path().display(), ?removed, "A visit that was killed had left a folder.");
     }
 }

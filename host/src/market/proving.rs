@@ -11,7 +11,6 @@ use fabstir_plugin_api::prover::{Preparing, Proof, ProofKind, Prover, Proving, S
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::seller::jobs::is_about;
 use crate::routes::{Route, Routes};
 
 /// How long a prover may take to say what it proves.
@@ -49,6 +48,11 @@ impl Provable {
             && self.program == terms.program
             && is_about(terms.proof_kind, self.model.as_ref(), &terms.model)
     }
+}
+
+/// Whether proofs about a model are what a job wants that names another one. A receipt is about any.
+pub fn is_about(kind: u8, model: Option<&ModelId>, asked: &ModelId) -> bool {
+    model.map_or(ProofKind::Commitment.number() == Some(kind), |model| model == asked)
 }
 
 /// Whether the same question may be answered in a moment.

@@ -400,4 +400,49 @@ async fn bad_commands_end_in_clear_errors() {
     let unnamed = Place::new(NET).run(&["chat", "--network", "hi"]);
     assert_eq!(unnamed.code, 2, "{unnamed:#?}");
     assert!(unnamed.err.contains("--model"), "{unnamed:#?}");
+    let unmet = Place::new(NET).run(&["chat", "--network", "--model", "echo", "--wait", "0.5", "hi"]);
+    assert_eq!(unmet.code, 1, "{unmet:#?}");
+    assert!(
+        unmet.err.contains("nobody who offers the model was found within") && unmet.err.contains("--bootstrap"),
+        "{unmet:#?}"
+    );
+}
+
+#[test]
+fn what_a_killed_visit_has_left_goes_with_the_next_and_one_that_goes_on_keeps_its_own() {
+    let (place, temporary) = (Place::new(NET), tempfile::tempdir().expect("a folder"));
+    let visits = || -> Vec<std::path::PathBuf> {
+        let entries = std::fs::read_dir(temporary.path()).expect("can be read");
+        let paths = entries.map(|entry| entry.expect("an entry").path());
+        paths.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("fabstir-visit-"))).collect()
+    };
+    let visit = || {
+        let mut command = place.command();
+        command.env("TMPDIR", temporary.path()).args(["find", "echo", "--wait", "60"]);
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        Killed(command.spawn().expect("a visit starts"))
+    };
+    let begun = |count: usize| {
+        let began = Instant::now();
+        while visits().len() < count {
+            assert!(began.elapsed() < LIMIT, "a visit has its folder");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let killed = visit();
+    begun(1);
+    let left = visits().remove(0);
+    drop(killed);
+    let _goes_on = visit();
+    begun(2);
+    for path in visits() {
+        let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        std::fs::File::open(path).and_then(|folder| folder.set_modified(hour_ago)).expect("a folder's time can be set");
+    }
+    let mut next = place.command();
+    next.env("TMPDIR", temporary.path()).args(["find", "echo", "--wait", "0.1"]);
+    let next = finish(next, "", LIMIT);
+    assert!(next.err.contains("nobody who offers"), "{next:#?}");
+    let stays = visits();
+    assert!(stays.len() == 1 && !stays.contains(&left), "{stays:?}");
 }

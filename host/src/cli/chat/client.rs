@@ -25,6 +25,11 @@ pub enum ChatError {
     /// 503: the node is starting.
     #[error("{message}")]
     Loading { message: String },
+    #[error(
+        "nobody who offers the model was found within {} s: name a node with --bootstrap, or look longer with --wait",
+        .within.as_secs_f64()
+    )]
+    Nobody { within: Duration },
     #[error("the node refused the request ({status}): {message}")]
     Refused { status: u16, message: String },
     #[error("the answer broke off: {0}")]
@@ -45,6 +50,7 @@ impl From<ChatError> for Failure {
             ChatError::Unreachable { .. } => (Failure::UNREACHABLE, "unreachable"),
             ChatError::BadUrl { .. } => (Failure::USAGE, "bad_url"),
             ChatError::UnknownModel { .. } | ChatError::NoModel => (Failure::FAILED, "model_not_found"),
+            ChatError::Nobody { .. } => (Failure::FAILED, "nobody"),
             ChatError::Busy { .. } => (Failure::FAILED, "busy"),
             ChatError::Loading { .. } => (Failure::FAILED, "loading"),
             ChatError::Refused { .. } => (Failure::FAILED, "refused"),

@@ -46,7 +46,6 @@ pub(crate) use verdict::tests::row as example;
 use carrying::Carrier;
 use due::Due;
 use traced::is_traced;
-pub(in crate::market) use verdict::is_about;
 use verdict::{Fees, OnChain, Promised, Proves, Purse, Served, Standing, Verdict, compare, fees, judge, owed};
 
 /// How long a call that reads the chain may take.

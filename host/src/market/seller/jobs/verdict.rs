@@ -8,6 +8,7 @@ use fabstir_plugin_api::prover::ProofKind;
 
 use crate::market::journal::jobs::{JobRow, State};
 use crate::market::posting::{JobInput, PostingError};
+use crate::market::proving::is_about;
 use crate::market::{NATIVE, Prices};
 use crate::scheduler::estimated_tokens;
 
@@ -176,11 +177,6 @@ impl Proves {
     fn is_asked(&self, terms: &JobTerms) -> bool {
         self.kind == terms.proof_kind && self.program == terms.program
     }
-}
-
-/// Whether proofs about a model are what a job wants that names another one. A receipt is about any.
-pub fn is_about(kind: u8, model: Option<&ModelId>, asked: &ModelId) -> bool {
-    model.map_or(ProofKind::Commitment.number() == Some(kind), |model| model == asked)
 }
 
 /// The proofs that this node has promised and not made yet. They are made one after the other, in whatever order their results are handed
