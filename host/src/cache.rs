@@ -64,7 +64,7 @@ use likeness::Wording;
 use metrics::Metrics;
 use neighbours::Neighbours;
 use shared::Sharing;
-use store::{Fresh, Store};
+use store::{Fresh, Limits, Store};
 
 /// What a client wants of the cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -211,7 +211,8 @@ impl Cache {
         }
         let metrics = Metrics::default();
         let ttl = Duration::from_secs(config.ttl_s);
-        let store = Store::open(data_dir, config.max_bytes.0, ttl, metrics.clone());
+        let limits = Limits { max_bytes: config.max_bytes.0, ttl, look: Duration::from_millis(config.look_ms) };
+        let store = Store::open(data_dir, limits, metrics.clone());
         let mut tasks = Vec::new();
         let mut task = |task| tasks.push(AbortOnDropHandle::new(tokio::spawn(task)));
         let neighbours = Neighbours::new(routes.clone(), store.clone(), metrics.clone());

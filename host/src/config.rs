@@ -347,6 +347,13 @@ pub struct Cache {
     /// Example: `ttl_s = 3600`.
     #[schemars(range(min = 1))]
     pub ttl_s: u64,
+    /// How long a request may wait for the disk to say whether its answer is kept, and for the plugin whose vectors are compared, in
+    /// milliseconds. Past that it is answered anew.
+    ///
+    /// Default: `100`.
+    /// Example: `look_ms = 20`.
+    #[schemars(range(min = 1, max = 60_000))]
+    pub look_ms: u64,
     /// Whether a question may be answered with the answer to another that means the same.
     pub semantic: Semantic,
     /// Whether answers are shared with other nodes of the same operator.
@@ -422,6 +429,7 @@ impl Default for Cache {
             enabled: false,
             max_bytes: Bytes(256 << 20),
             ttl_s: 86_400,
+            look_ms: 100,
             semantic: Semantic::default(),
             shared: Shared::default(),
         }

@@ -65,12 +65,12 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
         metrics.register(|registry| cache.register(registry));
     }
     let serving = gateway::serve(config.gateway, scheduler, cache, metrics, stop.clone()).await?;
-    // Plugins start once it is certain that the node can serve.
-    supervisor.start();
     // The one line on standard output: for people, and for programs that asked for port 0.
     if let Err(error) = writeln!(std::io::stdout(), "Listening on http://{}", serving.address) {
         tracing::warn!(%error, "Nobody reads standard output.");
     }
+    // Once it is certain that the node can serve, and said where.
+    supervisor.start();
     announce(&supervisor);
     let market = seller.map(|seller| AbortOnDropHandle::new(tokio::spawn(seller.run(stop.clone()))));
     let peers = AbortOnDropHandle::new(tokio::spawn(network.run(supervisor.subscribe(), stop.clone())));
@@ -81,8 +81,8 @@ pub async fn run(config: Config, reread: Reread) -> Result<(), NodeError> {
         _ = interrupt.recv() => {}
     }
     drop(reloads);
-    tracing::info!("Draining: running requests may end, new ones are refused.");
     stop.cancel();
+    tracing::info!("Draining: running requests may end, new ones are refused.");
     let end = async {
         let drained = async { tokio::join!(serving.task, peers, OptionFuture::from(market)) };
         if tokio::time::timeout(drain, drained).await.is_err() {

@@ -134,6 +134,12 @@ impl Node {
         self.lines().try_iter().collect()
     }
 
+    /// Lines on standard output after the first, up to its end: the node has ended, or ends now.
+    pub fn output_to_the_end(&self) -> Vec<String> {
+        let lines = self.lines();
+        std::iter::from_fn(|| lines.recv_timeout(LIMIT).ok()).collect()
+    }
+
     fn lines(&self) -> MutexGuard<'_, mpsc::Receiver<String>> {
         self.out.lock().expect("nobody panics with it")
     }

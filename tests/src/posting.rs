@@ -211,7 +211,8 @@ impl Clients {
         let words = format!("{:064x}{:064x}{:0>64}{:064x}{:064x}{:0<64}", 1, 0, &self.escrow[2..], 4 * 32, 1, "78");
         let data = format!("0x{}{words}", hex::encode(selector("setVerifier(uint8,bytes32,address,string)")));
         let call = json!({ "from": owner.address, "to": self.proofs, "data": data });
-        self.rpc("eth_sendTransaction", json!([call])).await;
+        let sent = self.rpc("eth_sendTransaction", json!([call])).await;
+        self.mined(sent.as_str().expect("a hash")).await;
     }
 
     /// Posts a job, and returns its number.

@@ -22,9 +22,6 @@ use crate::routes::Routes;
 /// How many near questions are looked at: of those that are nearer, each asks something else.
 const NEAR: u32 = 16;
 
-/// How long looking may take.
-const LOOK: Duration = Duration::from_millis(100);
-
 /// How long the plugin may take over a batch, and how many questions are in one.
 const BATCH_TIME: Duration = Duration::from_secs(30);
 const BATCH: usize = 64;
@@ -57,13 +54,13 @@ impl Neighbours {
 
     /// The answered questions of the same space that are at least so similar, the likest first, each with its similarity.
     pub async fn near(&self, asked: &Wording, at_least: f32) -> Vec<(Key, f32)> {
-        let cx = Cx::new().with_timeout(LOOK);
+        let cx = Cx::new().with_timeout(self.store.look);
         let query = VectorQuery { values: asked.vector.clone(), limit: NEAR, at_least: Some(at_least) };
         let found = self.with(|place| {
             let (cx, query) = (cx.clone(), query.clone());
             async move { place.vectors_find(&cx, namespace(asked.space), query).await }
         });
-        let found = tokio::time::timeout(LOOK, found).await.ok().and_then(Result::ok).unwrap_or_default();
+        let found = tokio::time::timeout(self.store.look, found).await.ok().and_then(Result::ok).unwrap_or_default();
         found.into_iter().filter_map(|near| Some((key(&near.key)?, near.similarity))).collect()
     }
 

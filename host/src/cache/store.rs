@@ -41,9 +41,6 @@ const MOST_WAITING: usize = 1024;
 /// Bytes of answers that may wait with it.
 const MOST_WAITING_BYTES: u64 = 64 << 20;
 
-/// How long a look may take. A disk that hangs costs a request so much, and no more.
-const LOOK: Duration = Duration::from_millis(100);
-
 /// How long a command of the operator may keep the file to itself, and how long that command waits for the node.
 const BUSY: Duration = Duration::from_millis(100);
 const PATIENT: Duration = Duration::from_secs(5);
@@ -101,11 +98,21 @@ pub(super) struct Store {
     work: Option<mpsc::SyncSender<Work>>,
     /// Bytes of the answers that wait to be kept.
     waiting: Arc<AtomicU64>,
+    /// How long a look may take. A disk that hangs costs a request so much, and no more.
+    pub look: Duration,
+}
+
+/// What a store may take.
+pub(super) struct Limits {
+    pub max_bytes: u64,
+    pub ttl: Duration,
+    pub look: Duration,
 }
 
 impl Store {
     /// Opens the store of a data folder, and makes it where there is none.
-    pub fn open(data_dir: &Path, max_bytes: u64, ttl: Duration, metrics: Metrics) -> Store {
+    pub fn open(data_dir: &Path, limits: Limits, metrics: Metrics) -> Store {
+        let Limits { max_bytes, ttl, look } = limits;
         let file = path(data_dir);
         let opened = Shelf::open(file.clone(), max_bytes, ttl, metrics).and_then(|mut shelf| {
             let (work, queue) = mpsc::sync_channel::<Work>(MOST_WAITING);
@@ -122,10 +129,10 @@ impl Store {
             Ok(work)
         });
         match opened {
-            Ok(work) => Store { work: Some(work), waiting: Arc::default() },
+            Ok(work) => Store { work: Some(work), waiting: Arc::default(), look },
             Err(reason) => {
                 error!(file = %file.display(), reason, "No answers are kept: their file can be neither used nor replaced.");
-                Store { work: None, waiting: Arc::default() }
+                Store { work: None, waiting: Arc::default(), look }
             }
         }
     }
@@ -137,12 +144,12 @@ impl Store {
 
     /// The answer with a key, unless it is older.
     pub async fn find(&self, key: Key, since_ms: u64) -> Option<Entry> {
-        self.ask(LOOK, move |shelf| shelf.find(key, since_ms)).await?
+        self.ask(self.look, move |shelf| shelf.find(key, since_ms)).await?
     }
 
     /// The first answer of `near` whose question asks the same as `question`, and how alike the two are.
     pub async fn alike(&self, near: Vec<(Key, f32)>, question: Wording, since_ms: u64) -> Option<(Entry, f32)> {
-        self.ask(LOOK, move |shelf| shelf.alike(near, &question, since_ms)).await?
+        self.ask(self.look, move |shelf| shelf.alike(near, &question, since_ms)).await?
     }
 
     /// Keeps an answer, where there is room in the queue.
@@ -550,7 +557,9 @@ mod tests {
 
     fn open(folder: &Path, max_bytes: u64) -> (Store, Metrics) {
         let metrics = Metrics::default();
-        (Store::open(folder, max_bytes, Duration::from_secs(3600), metrics.clone()), metrics)
+        // However long the disk takes.
+        let limits = Limits { max_bytes, ttl: Duration::from_secs(3600), look: Duration::from_secs(30) };
+        (Store::open(folder, limits, metrics.clone()), metrics)
     }
 
     #[tokio::test]

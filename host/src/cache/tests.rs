@@ -13,7 +13,7 @@ struct Node {
 fn node(script: Script) -> Node {
     let folder = tempfile::tempdir().expect("a folder");
     let (scheduler, _) = scheduler(8, [route("a", 1, "m", 1, script)]);
-    let config = config::Cache { enabled: true, ..config::Cache::default() };
+    let config = config::Cache { enabled: true, look_ms: 30_000, ..config::Cache::default() };
     let (_, routes) = watch::channel(Arc::default());
     let cache = Cache::open(&config, folder.path(), scheduler, routes).expect("it needs no key").expect("it is enabled");
     Node { cache, _folder: folder }

@@ -30,13 +30,14 @@ const QUESTIONS: usize = 32;
 const ANSWER: Duration = Duration::from_secs(4);
 /// How long the network may take to say who offers something.
 const SEARCH: Duration = Duration::from_secs(5);
-/// How often it is looked again: soon while nobody has been found, and within the life of what a node says otherwise.
+/// How often it is looked again: soon while nobody has been found, then after pauses that double, as the first look meets few; in the end
+/// within the life of what a node says.
 const SOON: Duration = Duration::from_millis(200);
 const LATER: Duration = Duration::from_secs(15);
+/// How long nothing is heard of a node before it is no route any more.
+const GONE: Duration = Duration::from_secs(30);
 /// Slots that one node is believed to have.
 const MOST_SLOTS: u32 = 1024;
-/// Looks that a node may miss before it is no route any more.
-const MISSED: u32 = 2;
 
 /// What is looked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,7 +121,7 @@ struct Known {
     generation: u64,
     in_flight: Arc<InFlight>,
     found: Found,
-    missed: u32,
+    heard: Instant,
 }
 
 impl Market {
@@ -138,10 +139,11 @@ impl Market {
 
     /// Looks again and again. To be dropped with what it serves.
     pub async fn run(&self) -> ! {
+        let mut pause = SOON;
         loop {
             let found = find(&self.transport, &self.wanted).await;
             self.update(found);
-            let pause = if self.known.lock().is_empty() { SOON } else { LATER };
+            pause = if self.known.lock().is_empty() { SOON } else { (2 * pause).min(LATER) };
             tokio::time::sleep(pause).await;
         }
     }
@@ -153,9 +155,8 @@ impl Market {
     }
 
     fn update(&self, found: Vec<Found>) {
-        let found = one_model(&self.wanted, found);
+        let (now, found) = (Instant::now(), one_model(&self.wanted, found));
         let mut known = self.known.lock();
-        known.values_mut().for_each(|known| known.missed += 1);
         for (found, offer) in found {
             let known = known.entry(found.peer.clone()).or_insert_with(|| {
                 let destination =
@@ -173,16 +174,16 @@ impl Market {
                     generation: self.generations.fetch_add(1, Ordering::Relaxed) + 1,
                     in_flight: InFlight::new(None),
                     found: found.clone(),
-                    missed: 0,
+                    heard: now,
                 }
             });
-            known.missed = 0;
+            known.heard = now;
             known.remote.link.update(found.addresses.clone());
             *known.remote.offer.write() = offer;
             known.found = found;
         }
         known.retain(|peer, known| {
-            let stays = known.missed < MISSED;
+            let stays = now - known.heard < GONE;
             if !stays {
                 tracing::info!(%peer, "A node has gone.");
                 known.in_flight.drain();

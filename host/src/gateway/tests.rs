@@ -191,11 +191,11 @@ async fn a_stream_that_fails_at_once_has_a_status_of_its_own() {
 #[tokio::test]
 async fn silence_is_filled_with_comments_and_headers_do_not_wait() {
     let config = config::Gateway { ping_interval_ms: 30, ..config() };
-    let script = Script { takes: Duration::from_millis(400), ..Script::default() };
+    let script = Script { takes: Duration::from_secs(2), ..Script::default() };
     let node = node_with(config, 4, vec![route("a", 1, "m", 1, script)]).await;
     let begun = Instant::now();
     let response = node.post("/v1/chat/completions", hello(json!({ "stream": true }))).await;
-    assert!(begun.elapsed() < Duration::from_millis(390), "the headers waited for the first token");
+    assert!(begun.elapsed() < Duration::from_millis(1900), "the headers waited for the first token");
     let text = response.text().await.expect("a body");
     let pings = text.split("\n\n").filter(|event| *event == ":").count();
     assert!(pings >= 3, "{pings}");
@@ -216,7 +216,7 @@ async fn leaving_cancels_streamed_or_not_and_in_the_queue() {
             assert!(tokio::time::timeout(Duration::from_millis(50), queued).await.is_err());
             drop(response);
         } else {
-            let left = tokio::time::timeout(Duration::from_millis(100), asking).await;
+            let left = tokio::time::timeout(Duration::from_secs(1), asking).await;
             assert!(left.is_err(), "it hangs until the client leaves");
         }
         until(|| route.in_flight.count() == 0).await;

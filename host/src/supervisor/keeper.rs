@@ -75,8 +75,9 @@ impl Keeper {
             Ok(running) => {
                 let took_ms = began.elapsed().as_millis() as u64;
                 let artifact = &running.artifact.manifest;
-                tracing::info!(plugin = %self.entry.id, name = %artifact.name, version = %artifact.version, took_ms, "Plugin ready.");
+                // What the log says is so already.
                 self.shared.board.publish(&self.entry, &running);
+                tracing::info!(plugin = %self.entry.id, name = %artifact.name, version = %artifact.version, took_ms, "Plugin ready.");
                 Ok(running)
             }
             Err(StartError { error, again, artifact }) => {
@@ -107,8 +108,8 @@ impl Keeper {
         match pause {
             Some(pause) => {
                 let in_ms = pause.as_millis() as u64;
+                self.shared.board.withdraw(&self.entry, State::Restarting { why: why.clone(), in_ms });
                 tracing::warn!(plugin = %self.entry.id, why, in_ms, "The plugin is started again.");
-                self.shared.board.withdraw(&self.entry, State::Restarting { why, in_ms });
                 tokio::select! {
                     () = tokio::time::sleep(pause) => Next::Start(artifact),
                     command = self.commands.recv() => self.interrupted(command),
@@ -116,8 +117,8 @@ impl Keeper {
             }
             None => {
                 let faults = self.budget.faults();
+                self.shared.board.withdraw(&self.entry, State::Quarantined { why: why.clone() });
                 tracing::error!(plugin = %self.entry.id, why, faults, "The plugin is quarantined until the configuration is read again.");
-                self.shared.board.withdraw(&self.entry, State::Quarantined { why });
                 let command = self.commands.recv().await;
                 self.interrupted(command)
             }

@@ -131,7 +131,7 @@ pub(crate) static CHECKS: &[Check] = &[
         "thousand-starts-without-growth",
         lifecycle::thousand_starts_without_growth,
         "A thousand instances, started and ended, leave no memory, thread or file behind.",
-        5
+        8
     ),
     check!(
         CHAIN,

@@ -95,7 +95,7 @@ impl Tail {
 
     /// What there is. A process that the child has left behind may hold the output open, and is not waited for.
     fn read(self) -> String {
-        let deadline = Instant::now() + Duration::from_millis(500);
+        let deadline = Instant::now() + Duration::from_secs(3);
         while !self.reader.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }

@@ -12,7 +12,7 @@ use crate::config::Settings;
 use crate::following::follow;
 use crate::log::{self, Reader};
 use crate::office::Office;
-use crate::price::price;
+use crate::price::{Gas, price};
 use crate::reading::Reading;
 use crate::rpc::{Limits, Pool};
 use crate::{act, hex, signed};
@@ -171,8 +171,8 @@ impl Chain for BaseChain {
     async fn quote(&self, _: &Cx, act: Act) -> Result<Quote> {
         let account: Address = self.office().await?.account;
         let call = act::call(&self.settings, account, &act)?;
-        let limit = act::gas(&act, &call.data);
-        price(&self.pool, account, call, limit, self.settings.max_fee_per_gas).await
+        let gas = Gas { limit: act::gas(&act, &call.data), likely: act::likely_gas(&act, &call.data) };
+        price(&self.pool, account, call, gas, self.settings.max_fee_per_gas).await
     }
 }
 

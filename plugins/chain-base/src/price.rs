@@ -17,13 +17,22 @@ use crate::rpc::Pool;
 /// Where chains of the OP Stack say what posting a transaction to the layer below costs.
 const GAS_PRICE_ORACLE: H160 = H160([0x42, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x0f]);
 
-/// `limit` is the most gas that the call may use, about twice what it takes; `cap` the most that is offered for a unit of it.
-pub async fn price(pool: &Pool, account: Address, call: Call, limit: u64, cap: u128) -> Result<Quote> {
+/// The gas of a call.
+pub struct Gas {
+    /// The most that it may use.
+    pub limit: u64,
+    /// What it uses, as far as one can tell without having tried.
+    pub likely: u64,
+}
+
+/// `cap` is the most that is offered for a unit of gas.
+pub async fn price(pool: &Pool, account: Address, call: Call, gas: Gas, cap: u128) -> Result<Quote> {
+    let Gas { limit, likely } = gas;
     let provider = Provider::new(pool.pinned().await.map_err(unread)?);
     let transaction = transaction(account, call);
     let (gas, refusal) = match provider.estimate_gas(&transaction, None).await {
         Ok(gas) => (gas, None),
-        Err(error) => (U256::from(limit / 2), Some(refusal(&error).ok_or_else(|| unread(error))?)),
+        Err(error) => (U256::from(likely), Some(refusal(&error).ok_or_else(|| unread(error))?)),
     };
     let history = provider.fee_history(1_u64, BlockNumber::Latest, &[50.0]).await.map_err(unread)?;
     let base = history.base_fee_per_gas.last().copied().unwrap_or_default();

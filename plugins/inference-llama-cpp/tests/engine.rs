@@ -218,9 +218,11 @@ fn ask_if_free(engine: &Engine) -> Option<Answer> {
 #[test]
 fn a_reader_that_leaves_frees_its_slot() {
     let engine = Engine::load(&ModelConfig { parallel: 1, ..config() }, |_| true).unwrap();
-    let reader = start(&engine, &story()).unwrap();
+    // One piece, so that the story is not over before the reader leaves.
+    let reader = start_with(&engine, &story(), Levers { room: Mutex::new(Some(1)), ..Levers::default() }).unwrap();
     assert!(matches!(reader.events.recv_timeout(PATIENCE), Ok(Event::Text(_))));
     *reader.levers.gone.lock().unwrap() = true;
+    reader.levers.resume.lock().unwrap().as_ref().unwrap().resume();
     let left = Instant::now();
     eventually("the slot comes free", || ask_if_free(&engine).is_some());
     assert!(left.elapsed() < Duration::from_secs(5));
@@ -480,7 +482,7 @@ fn texts_are_embedded_rendered_and_tokenised() {
 #[test]
 fn closing_ends_what_runs_and_what_comes() {
     let engine = engine();
-    let reader = start(&engine, &story()).unwrap();
+    let reader = start_with(&engine, &story(), Levers { room: Mutex::new(Some(1)), ..Levers::default() }).unwrap();
     assert!(matches!(reader.events.recv_timeout(PATIENCE), Ok(Event::Text(_))));
     engine.close();
     assert!(!engine.is_open());

@@ -209,13 +209,14 @@ impl Worker {
         let took = Took { cpu_ms: answer.cpu_ms, peak: answer.peak.unwrap_or(0) };
         match answer {
             Answer { memory: true, .. } => Err(EzklError::OutOfMemory { doing, limit: self.memory }),
+            Answer { error: Some(said), .. } if is_of_memory(&said) => Err(EzklError::OutOfMemory { doing, limit: self.memory }),
             Answer { error: Some(said), .. } => Err(EzklError::Failed { doing, said }),
             Answer { ok, .. } => Ok((ok.unwrap_or(Value::Null), took)),
         }
     }
 
     fn ended(&self, doing: &'static str, end: &End) -> EzklError {
-        if end.said.contains("memory allocation of") || end.said.contains("MemoryError") {
+        if is_of_memory(&end.said) {
             return EzklError::OutOfMemory { doing, limit: self.memory };
         }
         let status = match end.status {
@@ -230,6 +231,14 @@ impl Worker {
         warn!(doing, %how, "A worker ended by itself.");
         EzklError::Died { doing, how, killed: end.status.is_some_and(|status| status.signal().is_some()) }
     }
+}
+
+/// Whether these are the words of a process that got no more memory: of Rust's allocator, of Python, or of the system, which also gives no
+/// stack for another thread.
+fn is_of_memory(said: &str) -> bool {
+    let words =
+        ["memory allocation of", "MemoryError", "Cannot allocate memory", "failed to spawn thread", "can't start new thread"];
+    words.iter().any(|word| said.contains(word))
 }
 
 /// Carries requests and answers until the worker has ended or is dropped.

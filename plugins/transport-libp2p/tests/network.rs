@@ -238,14 +238,14 @@ async fn a_bootstrap_that_is_gone_hurts_nobody_and_is_joined_when_it_is_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn advertisements_are_repeated_and_forgotten_when_they_are_not() {
-    let config = json!({ "record_ttl_s": 2, "republish_s": 1 });
+    let config = json!({ "record_ttl_s": 4, "republish_s": 1 });
     let (one, other) = (Node::start(config.clone()).await, Node::start(config).await);
     other.dial(&one).await;
     let offered = topic("repeated");
     one.transport.advertise(&Cx::new(), offered.clone()).await.expect("advertises");
     until("it is found", async || other.find(&offered).await == [one.id.clone()]).await;
     let began = Instant::now();
-    while began.elapsed() < Duration::from_secs(5) {
+    while began.elapsed() < Duration::from_secs(9) {
         let found = other.find(&offered).await;
         assert!(found == std::slice::from_ref(&one.id), "forgotten after {:?}", began.elapsed());
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -253,7 +253,7 @@ async fn advertisements_are_repeated_and_forgotten_when_they_are_not() {
     one.transport.withdraw(&Cx::new(), offered.clone()).await.expect("withdraws");
     let began = Instant::now();
     until("it is forgotten", async || other.find(&offered).await.is_empty()).await;
-    assert!(began.elapsed() < Duration::from_millis(3500), "remembered for {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(12), "remembered for {:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

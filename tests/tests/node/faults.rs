@@ -77,7 +77,7 @@ async fn a_worker_that_is_killed_is_replaced_and_its_silent_requests_are_answere
     let worker = node.worker("inference-faulty", None).await;
     let mut begun = node.stream(chat("faulty", &"word ".repeat(500))).await;
     begun.text().await;
-    let silent = node.ask("faulty", "!wait:500 here");
+    let silent = node.ask("faulty", "!wait:3000 here");
     let killing = async {
         eventually("both are in the plugin", LIMIT, async || (node.running("faulty").await == 2.0).then_some(())).await;
         send(worker, libc::SIGKILL);
@@ -244,7 +244,7 @@ async fn a_request_that_kills_the_plugin_takes_no_other_along() {
     let node = both(&faulty("", "")).await;
     // Each of these ends two instances.
     for number in 0..2 {
-        let innocent = node.ask_patiently("faulty", "!wait:300 all the same");
+        let innocent = node.ask_patiently("faulty", "!wait:2000 all the same");
         let killer = async {
             eventually("the innocent one is inside", LIMIT, async || (node.running("faulty").await >= 1.0).then_some(())).await;
             node.chat(&chat("faulty", &format!("!abort {number}"))).await
@@ -261,19 +261,19 @@ async fn sigterm_lets_streams_end_and_leaves_nothing_behind() {
     let mut node = both(&faulty("", "delay_ms = 20")).await;
     let workers = node.workers();
     assert_eq!(workers.len(), 2, "{workers:?}");
-    let mut events = node.stream(chat("faulty", &"word ".repeat(60))).await;
+    let mut events = node.stream(chat("faulty", &"word ".repeat(180))).await;
     events.text().await;
-    let whole = chat("echo", &"word ".repeat(50));
+    let whole = chat("echo", &"word ".repeat(150));
     let asking = async {
         let reply = node.chat(&whole).await;
-        assert_eq!((reply.status, reply.content().len()), (200, 250), "{reply:#?}");
+        assert_eq!((reply.status, reply.content().len()), (200, 750), "{reply:#?}");
     };
     let ending = async {
         eventually("both run", LIMIT, async || (node.running("echo").await + node.running("faulty").await == 2.0).then_some(()))
             .await;
         node.signal(libc::SIGTERM);
         let told = events.rest().await;
-        assert!(told.is_whole() && told.pieces == 59, "{told:?}");
+        assert!(told.is_whole() && told.pieces == 179, "{told:?}");
     };
     tokio::join!(asking, ending);
     assert_eq!(node.exit(LIMIT).await, 0);

@@ -239,7 +239,7 @@ async fn a_node_killed_after_its_claim_and_after_its_result_finishes_the_job_onc
     node.serves("faulty").await;
 
     // In the middle of the work.
-    let id = clients.post(CLIENT, &job("!wait:2000 after the claim")).await;
+    let id = clients.post(CLIENT, &job("!wait:6000 after the claim")).await;
     is_noted(&node.place, id, "working").await;
     node.signal(libc::SIGKILL);
     node.exit(LIMIT).await;
@@ -377,7 +377,7 @@ async fn what_the_chain_takes_back_leaves_the_node_consistent() {
     provider.node.serves("faulty").await;
     // A posting that is gone, with the claim after it, while the model works.
     let before = clients.rpc("eth_blockNumber", json!([])).await;
-    let gone = clients.post(CLIENT, &job("!wait:3000 never paid for")).await;
+    let gone = clients.post(CLIENT, &job("!wait:6000 never paid for")).await;
     is_noted(place, gone, "working").await;
     let depth = fabstir_tests::posting::number(&clients.rpc("eth_blockNumber", json!([])).await)
         - fabstir_tests::posting::number(&before);
@@ -427,7 +427,7 @@ async fn a_node_that_is_stopped_ends_the_job_in_work_and_takes_no_new_one() {
     let clients = Clients::of(&chain);
     let mut provider = node(&chain, NODE, "", &entries()).await;
     provider.node.serves("faulty").await;
-    let running = clients.post(CLIENT, &job("!wait:1500 to the end")).await;
+    let running = clients.post(CLIENT, &job("!wait:6000 to the end")).await;
     is_noted(&provider.node.place, running, "working").await;
     provider.node.signal(libc::SIGTERM);
     provider.node.logged(&["Draining"]).await;

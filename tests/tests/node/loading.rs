@@ -216,6 +216,7 @@ async fn locked_files_are_loaded_and_changed_ones_are_not() {
 
     let node = node.relaunch(&[]);
     node.logged(&["error[P302]", "`inference-echo` is not the file that was locked", "fabstir-node plugin lock"]).await;
+    node.logged(&["The plugin is quarantined"]).await;
     let health = node.get("/health").await;
     assert_eq!((health.status, health.body["error"]["message"].as_str()), (503, Some("No model is served")), "{health:#?}");
     let ran = node.place.run(&["plugin", "doctor", "echo"]);

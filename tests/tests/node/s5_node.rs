@@ -116,7 +116,7 @@ async fn a_node_that_is_killed_keeps_its_files_and_its_name() {
 
     // A put that is killed on its way leaves nothing that anybody sees, and nothing at all after the next start.
     let large = fs::File::create(one.place.path().join("large")).expect("a file");
-    large.set_len(1 << 30).expect("it has holes");
+    large.set_len(2 << 30).expect("it has holes");
     let mut put = one.place.command();
     let mut put = put.args(["storage", "put", "large", "--plugin", "s5-node"]).spawn().expect("it starts");
     let coming = |place: &Place| files_in(place.path(), ".tmp");

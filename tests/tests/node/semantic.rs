@@ -14,7 +14,8 @@ const PATIENT: &str = ", wait_ms = 10000";
 fn config(semantic: Option<&str>) -> String {
     let model = repository().join("models/all-minilm/all-minilm-l6-v2-q8_0.gguf");
     assert!(model.is_file(), "{} is not there; `make embedding-model` makes it", model.display());
-    let cache = semantic.map(|settings| format!("[cache]\nenabled = true\nsemantic = {{ model = 'all-minilm'{settings} }}\n"));
+    let cache = semantic
+        .map(|settings| format!("[cache]\nenabled = true\nlook_ms = 10000\nsemantic = {{ model = 'all-minilm'{settings} }}\n"));
     let cache = cache.unwrap_or_default();
     format!(
         "{cache}[[plugin]]\nid = 'disk'\nuse = 'storage-disk'\n\

@@ -266,7 +266,7 @@ async fn a_client_that_leaves_frees_its_slot() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_says_503_while_a_model_loads() {
-    let place = Place::new("[[plugin]]\nid = 'slow'\nuse = 'inference-faulty'\nconfig = { load_ms = 1500 }\n");
+    let place = Place::new("[[plugin]]\nid = 'slow'\nuse = 'inference-faulty'\nconfig = { load_ms = 5000 }\n");
     let node = Node::launch(place, &[]);
     let loading = node.get("/health").await;
     assert_eq!((loading.status, loading.body["loading"][0]["plugin"].as_str()), (503, Some("slow")), "{loading:#?}");

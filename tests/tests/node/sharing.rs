@@ -12,7 +12,7 @@ pub const ECHO: &str = "[[plugin]]\nid = 'echo'\nuse = 'inference-echo'\nisolati
 /// Starts a node that shares what it says with those that have the same key, in this storage.
 pub async fn sharing(key: &str, id: &str, plugin: &str, config: &str) -> Node {
     let place = Place::new(&format!(
-        "[cache]\nenabled = true\nshared = {{ storage = '{id}', key_file = 'shared.key', every_s = 1 }}\n\n{ECHO}\
+        "[cache]\nenabled = true\nlook_ms = 10000\nshared = {{ storage = '{id}', key_file = 'shared.key', every_s = 1 }}\n\n{ECHO}\
          [[plugin]]\nid = '{id}'\nuse = '{plugin}'\n[plugin.config]\ntimeout_ms = 1000\n{config}\n"
     ));
     let file = place.file("shared.key", key);

@@ -74,7 +74,7 @@ async fn pay_as_it_comes(
 ) -> (u64, Voucher) {
     let (id, mut heard) = talk.ask("echo", &words(count), Some(&first.session)).await;
     let mut last = first.clone();
-    while talk.read(id, &mut heard, Duration::from_secs(3)).await {
+    while talk.read(id, &mut heard, LIMIT).await {
         let better = voucher(first, offered, prompt_tokens(count), heard.output_tokens);
         if better.amount.0 - last.amount.0 >= offered.credit.0 / 4 {
             let signature = payer.sign(&better).await;
@@ -265,19 +265,20 @@ async fn a_client_that_is_gone_is_settled_after_a_while_with_its_last_voucher() 
     let last = voucher(&first, &offered, 300, 200);
     assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
     drop(talk);
-    let session = settled(&payer, &first.session, LIMIT).await;
+    // It is looked at every 15 s.
+    let session = settled(&payer, &first.session, 2 * LIMIT).await;
     assert_eq!(session.paid, last.amount);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_closes_early_still_pays_its_last_voucher() {
     let chain = DevChain::start().expect("a chain");
-    let (_provider, payer, mut talk) = paid_node(&chain, "settle_window_s = 10\n").await;
+    let (_provider, payer, mut talk) = paid_node(&chain, "settle_window_s = 30\n").await;
     let (offered, first) = payer.session(&mut talk, "echo", DEPOSIT).await;
     let last = voucher(&first, &offered, 300, 200);
     assert_eq!(talk.pay(&last, payer.sign(&last).await).await, None);
     payer.desk.follow("close".into(), Act::CloseSession { session: first.session.clone() }, LIMIT).await.expect("closes");
-    let session = settled(&payer, &first.session, LIMIT).await;
+    let session = settled(&payer, &first.session, 2 * LIMIT).await;
     assert_eq!(session.paid, last.amount);
 }
 

@@ -409,7 +409,7 @@ mod tests {
 
     #[tokio::test]
     async fn delivery_stops_at_the_credit_and_goes_on_with_a_voucher() {
-        let tab = tab(10_000, Duration::from_millis(50));
+        let tab = tab(10_000, Duration::from_secs(2));
         let mut meter = tab.meter(("s".into(), 1), b"infer", 30);
         for _ in 0..100 - 30 {
             meter.release(&piece(1), b"piece", &nobody).await.expect("is within the credit");

@@ -56,7 +56,7 @@ async fn a_dropped_stream_ends_the_worker_at_once_and_leaves_nothing() {
     drop(stream);
     soon("the end of the worker", || !subject.workers().contains(&worker)).await;
     println!("ended {:?} after the drop", began.elapsed());
-    assert!(began.elapsed() < Duration::from_secs(2));
+    assert!(began.elapsed() < Duration::from_secs(10));
     assert_eq!(subject.plugin.statements(&Cx::new()).await.unwrap()[1].program, None);
     works(&subject).await;
 }

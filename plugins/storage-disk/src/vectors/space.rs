@@ -236,6 +236,7 @@ fn apply(index: &mut Index, change: Change<'_>) -> Result<()> {
 mod tests {
     use std::sync::mpsc;
     use std::thread;
+    use std::time::Instant;
 
     use super::super::tests::{ALWAYS, find, large, open, values, vector, wait_for_index};
     use super::*;
@@ -274,7 +275,12 @@ mod tests {
             let progress = space.progress.lock();
             progress.saved == progress.next
         };
+        let began = Instant::now();
         while !is_saved() || space.writing.load(Ordering::Relaxed) {
+            // What came after that is saved much later.
+            if began.elapsed() > Duration::from_secs(5) && !space.writing.load(Ordering::Relaxed) {
+                space.save(vectors.keeper(ALWAYS, 0).unwrap().truth()).unwrap();
+            }
             thread::yield_now();
         }
         thread::scope(|scope| {

@@ -117,7 +117,7 @@ async fn portal_that_comes_to_no_end_is_given_up_for_the_next_one() {
     let (bad, _good, _, _, id) = two_copies(&bytes).await;
     bad.makes(Trouble::Trickles { pause: Duration::from_millis(500) });
     // A MiB comes within the time, each time, and the end never.
-    let stranger = Instance::new(&[&bad.url, &_good.url], json!({ "timeout_ms": 1000 })).await;
+    let stranger = Instance::new(&[&bad.url, &_good.url], json!({ "timeout_ms": 3000 })).await;
     let whole = tokio::time::timeout(Duration::from_secs(60), stranger.whole(&id)).await.expect("the next portal is asked");
     assert_eq!(whole.as_deref(), Ok(&bytes[..]));
 }

@@ -97,7 +97,7 @@ async fn put_that_is_given_up_is_resumed_by_the_next_instance() {
     {
         let put = instance.put(&bytes);
         let some_chunks = async {
-            while counter.bytes(&Method::PATCH) < 3 * MIB as u64 {
+            while counter.bytes(&Method::PATCH) < 6 * MIB as u64 {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         };
