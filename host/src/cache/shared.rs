@@ -100,7 +100,7 @@ pub(super) struct Sharing {
 /// Why a round was not finished. The next one begins where it stopped.
 #[derive(Debug, thiserror::Error)]
 enum Unfinished {
-    #[error("the storage plugin `{0}` is not ready: it has to stand in plugins.toml")]
+    #[error("the storage plugin `{0}` is not ready: see that it is enabled, and what the log says of its start")]
     NoPlugin(String),
     #[error("the storage failed: {0}")]
     Storage(#[from] PluginError),

@@ -209,7 +209,14 @@ struct Session {
 impl Session {
     /// The model that was asked for, if the node serves it, or the first that it serves.
     fn pick_model(&self, wanted: Option<String>) -> Result<String, ChatError> {
-        let served = self.patiently(&mut || self.runtime.block_on(self.client.models()))?;
+        let mut ask = || self.runtime.block_on(self.client.models());
+        let served = match self.looks {
+            Some(within) => self.patiently(within, &mut ask).map_err(|error| match error {
+                ChatError::GaveUp { .. } => ChatError::Nobody { within },
+                error => error,
+            }),
+            None => self.patiently(PATIENCE, &mut ask),
+        }?;
         match wanted {
             Some(wanted) if served.contains(&wanted) => Ok(wanted),
             Some(wanted) => Err(ChatError::UnknownModel { wanted, served }),
@@ -241,7 +248,7 @@ impl Session {
         // Nobody catches Ctrl-C here unless money is to be given back: it ends the process, and the node notices that the connection is
         // gone.
         let pays = self.pays;
-        let answer = self.patiently(&mut || {
+        let answer = self.patiently(PATIENCE, &mut || {
             let show = |event: Event<'_>| match (event, json) {
                 (Event::Text(text), false) => {
                     begun = true;
@@ -311,7 +318,7 @@ impl Session {
         self.conversation.ask(prompt);
         let request = self.conversation.request(&self.model);
         let mut shown = String::new();
-        let result = self.patiently(&mut || {
+        let result = self.patiently(PATIENCE, &mut || {
             let show = |event: Event<'_>| {
                 let Event::Text(text) = event;
                 shown.push_str(text);
@@ -381,8 +388,8 @@ impl Session {
         }
     }
 
-    /// Repeats `ask` while the node is busy or loading, and says what it waits for.
-    fn patiently<T>(&self, ask: &mut dyn FnMut() -> Result<T, ChatError>) -> Result<T, ChatError> {
+    /// Repeats `ask` while the node is busy or loading, at most for so long, and says what it waits for.
+    fn patiently<T>(&self, limit: Duration, ask: &mut dyn FnMut() -> Result<T, ChatError>) -> Result<T, ChatError> {
         let started = Instant::now();
         let mut told = String::new();
         loop {
@@ -390,17 +397,11 @@ impl Session {
                 Err(ChatError::Busy { retry_after, message }) => {
                     (format!("{message} Trying again in {} s.", retry_after.as_secs_f32()), retry_after)
                 }
-                Err(ChatError::Loading { .. }) if self.looks.is_some_and(|within| started.elapsed() > within) => {
-                    return Err(ChatError::Nobody { within: started.elapsed() });
-                }
                 Err(ChatError::Loading { message }) => (format!("{message} Waiting."), Duration::from_millis(500)),
                 other => return other,
             };
-            if started.elapsed() + pause > PATIENCE {
-                return Err(ChatError::Refused {
-                    status: 503,
-                    message: format!("{reason} Gave up after {} s.", started.elapsed().as_secs()),
-                });
+            if started.elapsed() + pause > limit {
+                return Err(ChatError::GaveUp { reason, after: started.elapsed() });
             }
             if told != reason {
                 eprintln!("{reason}");

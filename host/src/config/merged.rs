@@ -93,20 +93,20 @@ impl<'a> Merged<'a> {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let mut keyed: Keyed = self.figment.extract().map_err(|error| self.figment_problems(error))?;
-        let mut plugin: Vec<PluginEntry> = std::mem::take(&mut keyed.plugin).into_values().collect();
+        let keyed: Keyed = self.figment.extract().map_err(|error| self.figment_problems(error))?;
+        let Keyed { node, gateway, scheduler, cache, network, keys, market, plugins, plugin } = keyed;
+        let mut plugin: Vec<PluginEntry> = plugin.into_values().collect();
         for entry in &mut plugin {
             entry.origin = self.origins.get(&entry.id).cloned().unwrap_or_default();
         }
         plugin.sort_by_key(|entry| if entry.origin.line == 0 { usize::MAX } else { entry.origin.line });
-        if let Some(named) = &keyed.cache.shared.storage
+        if let Some(named) = cache.shared.storage.as_ref().filter(|_| cache.enabled)
             && !plugin.iter().any(|entry| entry.id == *named)
         {
             let ids: Vec<&str> = plugin.iter().map(|entry| entry.id.as_str()).collect();
             let key = "cache.shared.storage";
             return Err(vec![no_plugin(named, &ids, key, self.source(key))]);
         }
-        let Keyed { node, gateway, scheduler, cache, network, keys, market, plugins, .. } = keyed;
         Ok(Config { node, gateway, scheduler, cache, network, keys, market, plugins, plugin, base_dir: PathBuf::new() })
     }
 

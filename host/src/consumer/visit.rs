@@ -63,7 +63,8 @@ impl Visit {
     /// # Errors
     /// When there is no such plugin, when it does not start, and when nodes to dial were named and none of them answers.
     pub async fn begin(config: &Config, bootstrap: &[String]) -> Result<Self, VisitError> {
-        remove_left(&std::env::temp_dir());
+        // What fails there is no reason not to begin.
+        let _ = tokio::task::spawn_blocking(|| remove_left(&std::env::temp_dir())).await;
         let (folder, lock) = make_folder().map_err(VisitError::Folder)?;
         let mut config = config.clone();
         config.node.data_dir = folder.path().to_owned();

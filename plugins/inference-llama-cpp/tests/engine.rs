@@ -23,6 +23,8 @@ struct Levers {
     gone: Mutex<bool>,
     /// Pieces that may come before the sink says that it is full.
     room: Mutex<Option<usize>>,
+    /// How long each piece is held, so that an answer is not over before its test has come to its turn.
+    holds: Duration,
     resume: Mutex<Option<Resume>>,
 }
 
@@ -47,6 +49,7 @@ impl Sink for TestSink {
         if self.events.send(Event::Text(text)).is_err() {
             return Flow::Stop;
         }
+        std::thread::sleep(self.levers.holds);
         match &mut *self.levers.room.lock().unwrap() {
             None => Flow::Go,
             Some(room) if *room > 1 => {
@@ -149,6 +152,11 @@ fn start_with(engine: &Engine, generation: &Generation, levers: Levers) -> Resul
     Ok(Reader { events, levers })
 }
 
+/// A reader of a story that takes seconds.
+fn slowly() -> Levers {
+    Levers { holds: Duration::from_millis(50), ..Levers::default() }
+}
+
 fn ask(engine: &Engine, generation: &Generation) -> Answer {
     start(engine, generation).and_then(Reader::answer).unwrap()
 }
@@ -218,11 +226,9 @@ fn ask_if_free(engine: &Engine) -> Option<Answer> {
 #[test]
 fn a_reader_that_leaves_frees_its_slot() {
     let engine = Engine::load(&ModelConfig { parallel: 1, ..config() }, |_| true).unwrap();
-    // One piece, so that the story is not over before the reader leaves.
-    let reader = start_with(&engine, &story(), Levers { room: Mutex::new(Some(1)), ..Levers::default() }).unwrap();
+    let reader = start_with(&engine, &story(), slowly()).unwrap();
     assert!(matches!(reader.events.recv_timeout(PATIENCE), Ok(Event::Text(_))));
     *reader.levers.gone.lock().unwrap() = true;
-    reader.levers.resume.lock().unwrap().as_ref().unwrap().resume();
     let left = Instant::now();
     eventually("the slot comes free", || ask_if_free(&engine).is_some());
     assert!(left.elapsed() < Duration::from_secs(5));
@@ -482,7 +488,7 @@ fn texts_are_embedded_rendered_and_tokenised() {
 #[test]
 fn closing_ends_what_runs_and_what_comes() {
     let engine = engine();
-    let reader = start_with(&engine, &story(), Levers { room: Mutex::new(Some(1)), ..Levers::default() }).unwrap();
+    let reader = start_with(&engine, &story(), slowly()).unwrap();
     assert!(matches!(reader.events.recv_timeout(PATIENCE), Ok(Event::Text(_))));
     engine.close();
     assert!(!engine.is_open());

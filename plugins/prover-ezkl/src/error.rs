@@ -42,7 +42,7 @@ pub enum EzklError {
          raise it, or take a smaller model"
     )]
     TooBig { statement: String, k: u32, rows: u64, max_k: u32 },
-    #[error("out of memory while {doing}: `memory_bytes` is {limit}: raise it, or take a smaller model")]
+    #[error("out of memory, or of threads, while {doing}: `memory_bytes` is {limit}: raise it, or take a smaller model")]
     OutOfMemory { doing: &'static str, limit: u64 },
     #[error("no end of {doing} within {} s, and the worker was ended: raise `{key}`, or take a smaller model", limit.as_secs())]
     TimedOut { doing: &'static str, limit: Duration, key: &'static str },

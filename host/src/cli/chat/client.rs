@@ -30,6 +30,8 @@ pub enum ChatError {
         .within.as_secs_f64()
     )]
     Nobody { within: Duration },
+    #[error("{reason} Gave up after {} s.", .after.as_secs())]
+    GaveUp { reason: String, after: Duration },
     #[error("the node refused the request ({status}): {message}")]
     Refused { status: u16, message: String },
     #[error("the answer broke off: {0}")]
@@ -53,7 +55,7 @@ impl From<ChatError> for Failure {
             ChatError::Nobody { .. } => (Failure::FAILED, "nobody"),
             ChatError::Busy { .. } => (Failure::FAILED, "busy"),
             ChatError::Loading { .. } => (Failure::FAILED, "loading"),
-            ChatError::Refused { .. } => (Failure::FAILED, "refused"),
+            ChatError::GaveUp { .. } | ChatError::Refused { .. } => (Failure::FAILED, "refused"),
             ChatError::Broken(_) => (Failure::FAILED, "broken"),
             ChatError::Stopped => (Failure::FAILED, "stopped"),
             ChatError::Output(error) => return io::Error::from(error.kind()).into(),

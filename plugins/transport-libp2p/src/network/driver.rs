@@ -53,7 +53,8 @@ pub struct Driver {
     ready: Option<oneshot::Sender<Result<(), NetworkError>>>,
     ready_by: Instant,
     dials: HashMap<ConnectionId, Reply<PeerId>>,
-    local_dials: HashSet<ConnectionId>,
+    /// Peers of the local network that are being dialled, and whether for the first time.
+    local_dials: HashMap<ConnectionId, bool>,
     sought: Sought,
     sweep: Instant,
     joined: Instant,
@@ -94,7 +95,7 @@ impl Driver {
             ready: None,
             ready_by: now + LISTEN,
             dials: HashMap::new(),
-            local_dials: HashSet::new(),
+            local_dials: HashMap::new(),
             sought,
             sweep: now + SWEEP,
             joined: now,
@@ -175,7 +176,7 @@ impl Driver {
         let bootstraps = self.sought.begins();
         let begins = self.joined.elapsed() < MEET && (bootstraps || self.settings.mdns);
         let unnamed = self.peers.values().any(|connected| connected.agent.is_none());
-        begins || unnamed || !self.local_dials.is_empty() || (bootstraps && self.peers.is_empty())
+        begins || unnamed || self.local_dials.values().any(|is_first| *is_first) || (bootstraps && self.peers.is_empty())
     }
 
     fn report_ready(&mut self) {
@@ -188,17 +189,20 @@ impl Driver {
     }
 
     fn dial_sought(&mut self, now: Instant) {
-        while let Some(Attempt { peer, addresses, local }) = self.sought.take_due(now, self.local_dials.len() < LOCAL_DIALS) {
+        while let Some(Attempt { peer, addresses, local, is_first }) =
+            self.sought.take_due(now, self.local_dials.len() < LOCAL_DIALS)
+        {
             let dial = DialOpts::peer_id(peer)
                 .condition(PeerCondition::DisconnectedAndNotDialing)
                 .addresses(addresses)
+                .extend_addresses_through_behaviour()
                 // Peers that hear of each other dial each other at once. From and to the ports that they listen on, those would be
                 // one TCP connection, which both have begun and none takes.
                 .allocate_new_port()
                 .build();
             let connection = dial.connection_id();
             match self.swarm.dial(dial) {
-                Ok(()) if local => drop(self.local_dials.insert(connection)),
+                Ok(()) if local => drop(self.local_dials.insert(connection, is_first)),
                 Ok(()) => {}
                 Err(error) => debug!(%peer, %error, "A peer is not dialled now."),
             }
@@ -381,6 +385,7 @@ impl Driver {
     /// A peer has said who it is and where it can be dialled.
     fn on_identified(&mut self, peer: PeerId, connection: ConnectionId, info: identify::Info) {
         let Some(connected) = self.peers.get_mut(&peer) else { return };
+        self.sought.met(&peer);
         connected.agent = Some(info.agent_version.chars().filter(|letter| !letter.is_control()).take(AGENT).collect());
         let met = connected.connections.get(&connection).or_else(|| connected.connections.values().next()).cloned();
         let named = usable(info.listen_addrs, met.as_ref());

@@ -11,7 +11,7 @@ use crate::addresses::PER_PEER;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Peers of the local network that are tried at a time; of more than these some are met through the others.
+/// Peers of the local network that are sought at a time; of more than these some are met through the others.
 const LOCAL: usize = 256;
 
 #[derive(Default)]
@@ -23,11 +23,13 @@ pub struct Attempt {
     pub peer: PeerId,
     pub addresses: Vec<Multiaddr>,
     pub local: bool,
+    /// Whether it is the first since the peer was seen or lost.
+    pub is_first: bool,
 }
 
 struct Target {
     addresses: Vec<Multiaddr>,
-    /// Told of by mDNS, and forgotten once it is reached or gone; others are sought again whenever they are lost.
+    /// Told of by mDNS, and forgotten once it is met or gone; others are sought again whenever they are lost.
     local: bool,
     /// `None` while it is connected.
     next: Option<Instant>,
@@ -46,17 +48,20 @@ impl Sought {
         self.0.values().any(|target| !target.local)
     }
 
-    /// A peer that is not connected was seen on the local network.
+    /// A peer that is not connected was seen on the local network. Where there are too many, the one goes that was tried in vain the most.
     pub fn seen(&mut self, peer: PeerId, address: Multiaddr, now: Instant) {
-        let full = self.0.values().filter(|target| target.local).count() >= LOCAL;
-        if full && !self.0.contains_key(&peer) {
-            return;
+        if !self.0.contains_key(&peer) && self.0.values().filter(|target| target.local).count() >= LOCAL {
+            let in_vain = self.0.iter().filter(|(_, target)| target.local).max_by_key(|(_, target)| target.pause);
+            if let Some(peer) = in_vain.map(|(peer, _)| *peer) {
+                self.0.remove(&peer);
+            }
         }
         let target = self.0.entry(peer).or_insert_with(|| Target::new(true, now));
-        if target.addresses.len() < PER_PEER && !target.addresses.contains(&address) {
+        // Who begins with a peer knows its addresses; this one comes from mDNS when it is dialled.
+        if target.local && target.addresses.len() < PER_PEER && !target.addresses.contains(&address) {
             target.addresses.push(address);
-            target.seek(now);
         }
+        target.seek(now);
     }
 
     /// An address on the local network is one no more.
@@ -69,17 +74,26 @@ impl Sought {
         }
     }
 
+    /// It is connected. It may still have no room, and close the connection.
     pub fn reached(&mut self, peer: &PeerId) {
+        if let Some(target) = self.0.get_mut(peer) {
+            target.next = None;
+        }
+    }
+
+    /// It has said who it is.
+    pub fn met(&mut self, peer: &PeerId) {
         match self.0.get_mut(peer) {
             Some(target) if target.local => drop(self.0.remove(peer)),
-            Some(target) => target.next = None,
+            Some(target) => target.pause = FIRST_PAUSE,
             None => {}
         }
     }
 
+    /// It is connected no more.
     pub fn lost(&mut self, peer: &PeerId, now: Instant) {
         if let Some(target) = self.0.get_mut(peer) {
-            target.seek(now + FIRST_PAUSE);
+            target.next = Some(now + target.pause);
         }
     }
 
@@ -88,17 +102,15 @@ impl Sought {
         self.0.values().filter(|target| local || !target.local).filter_map(|target| target.next).min()
     }
 
-    /// Takes the attempt that has been due for the longest time.
+    /// Takes an attempt that is due. Those come first that were tried the least.
     pub fn take_due(&mut self, now: Instant, local: bool) -> Option<Attempt> {
         let due = self.0.iter_mut().filter(|(_, target)| local || !target.local);
-        let (next, peer, target) =
-            due.filter_map(|(peer, target)| Some((target.next?, *peer, target))).min_by_key(|(next, ..)| *next)?;
-        if now < next {
-            return None;
-        }
+        let due = due.filter(|(_, target)| target.next.is_some_and(|next| next <= now));
+        let (peer, target) = due.min_by_key(|(_, target)| (target.pause, target.next))?;
+        let is_first = target.pause == FIRST_PAUSE;
         target.next = Some(now + target.pause);
         target.pause = (target.pause * 2).min(LAST_PAUSE);
-        Some(Attempt { peer, addresses: target.addresses.clone(), local: target.local })
+        Some(Attempt { peer: *peer, addresses: target.addresses.clone(), local: target.local, is_first })
     }
 }
 
@@ -147,15 +159,42 @@ mod tests {
         sought.seen(peer, address(1), now);
         sought.seen(peer, address(2), now);
         assert_eq!(sought.take_due(now, false), None);
-        assert_eq!(sought.take_due(now, true), Some(Attempt { peer, addresses: vec![address(1), address(2)], local: true }));
+        assert_eq!(
+            sought.take_due(now, true),
+            Some(Attempt { peer, addresses: vec![address(1), address(2)], local: true, is_first: true })
+        );
         sought.gone(&peer, &address(1));
         assert!(sought.next_alarm(true).is_some());
         sought.gone(&peer, &address(2));
         assert_eq!(sought.next_alarm(true), None);
         sought.seen(peer, address(1), now);
         sought.reached(&peer);
+        sought.met(&peer);
         sought.lost(&peer, now);
         assert_eq!(sought.next_alarm(true), None);
+    }
+
+    #[test]
+    fn a_peer_that_has_no_room_is_tried_less_and_less() {
+        for local in [true, false] {
+            let (mut sought, mut now, peer) = (Sought::default(), Instant::now(), PeerId::random());
+            match local {
+                true => sought.seen(peer, address(1), now),
+                false => sought.begin_with(peer, address(1), now),
+            }
+            let mut pauses = vec![];
+            for _ in 0..4 {
+                assert!(sought.take_due(now, true).is_some());
+                // It takes the connection, and closes it.
+                sought.reached(&peer);
+                assert_eq!(sought.next_alarm(true), None);
+                sought.lost(&peer, now);
+                let next = sought.next_alarm(true).unwrap();
+                pauses.push((next - now).as_millis());
+                now = next;
+            }
+            assert_eq!(pauses, [1000, 2000, 4000, 8000], "local: {local}");
+        }
     }
 
     #[test]
@@ -164,6 +203,7 @@ mod tests {
         sought.begin_with(peer, address(1), now);
         assert!(sought.begins() && sought.take_due(now, false).is_some());
         sought.reached(&peer);
+        sought.met(&peer);
         assert_eq!(sought.next_alarm(true), None);
         sought.gone(&peer, &address(1));
         sought.lost(&peer, now);
@@ -176,9 +216,13 @@ mod tests {
         for port in 0..1000 {
             sought.seen(PeerId::random(), address(port), now);
         }
-        let peer = PeerId::random();
+        let (peer, local) = (PeerId::random(), PeerId::random());
         sought.begin_with(peer, address(1), now);
-        (0..100).for_each(|port| sought.seen(peer, address(port), now));
-        assert_eq!((sought.0.len(), sought.0[&peer].addresses.len()), (LOCAL + 1, PER_PEER));
+        assert!(sought.take_due(now, true).is_some(), "one of them is tried in vain");
+        for port in 0..100 {
+            sought.seen(peer, address(port), now);
+            sought.seen(local, address(port), now);
+        }
+        assert_eq!((sought.0.len(), sought.0[&peer].addresses.len(), sought.0[&local].addresses.len()), (LOCAL + 1, 1, PER_PEER));
     }
 }
